@@ -1,0 +1,7 @@
+"""Where attention lives: declared block patterns, resolved on a live model and proved by a numerical probe."""
+
+from eas_search.architectures.patterns import PATTERNS, BlockPattern
+from eas_search.architectures.probe import prove_sites
+from eas_search.architectures.sites import AttentionSite, attention_sites, resolve_skip
+
+__all__ = ["PATTERNS", "AttentionSite", "BlockPattern", "attention_sites", "prove_sites", "resolve_skip"]

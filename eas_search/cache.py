@@ -1,0 +1,158 @@
+"""KV-cache layers that know about skipped attentions.
+
+A skipped site stores no keys and values, only the means its PIA needs while decoding (r numbers per sample). It still
+answers how long the sequence is: `transformers` asks layer 0, skipped or not.
+"""
+
+from __future__ import annotations
+
+from functools import cache as memoise
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from eas_search.exceptions import ConfigError
+from eas_search.pooling import PoolState
+
+
+class SiteStates:
+    """Mixin for a cache layer: carries a site's pooled means through everything that moves batch rows."""
+
+    @property
+    def states(self) -> dict[str, PoolState]:
+        """The means kept so far, by name."""
+        return self.__dict__.setdefault("_eas_states", {})
+
+    def _take_rows(self, index: Tensor) -> None:
+        for key, state in self.states.items():
+            self.states[key] = state.rows(index.to(state.value.device))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the batch rows (beam search)."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._take_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch row."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        if self.states:
+            rows = next(iter(self.states.values())).value.shape[0]
+            self._take_rows(torch.arange(rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some batch rows."""
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._take_rows(indices)
+
+    def reset(self) -> None:
+        """Forget everything, for a new sequence."""
+        super().reset()  # type: ignore[misc]
+        self.states.clear()
+
+
+class _NoKeysNoValues(CacheLayerMixin):
+    """The bookkeeping of a cache layer without its tensors."""
+
+    supports_early_init = False
+    is_compileable = False
+
+    def __init__(self, replaces: CacheLayerMixin | None, reference: CacheLayerMixin | None, croppable: bool) -> None:
+        super().__init__()
+        self.is_sliding = getattr(replaces, "is_sliding", False)
+        self.is_croppable = croppable
+        self.is_initialized = True
+        self.reference = reference
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to allocate."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """A skipped attention has no keys and values to store."""
+        raise AssertionError("a skipped site was asked to store keys and values")
+
+    def get_seq_length(self) -> int:
+        """Tokens seen so far."""
+        return self.length if self.reference is None else self.reference.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The mask is made for the kept layers, so theirs is the size that counts."""
+        if self.reference is None:
+            return self.length + query_length, 0
+        return self.reference.get_mask_sizes(query_length)
+
+    def get_max_length(self) -> int:
+        """No bound of its own."""
+        return -1 if self.reference is None else self.reference.get_max_length()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens."""
+        self.length = max(0, self.length - abs(tokens_to_remove))
+
+    def offload(self) -> None:
+        """Nothing to move."""
+
+    def prefetch(self) -> None:
+        """Nothing to move."""
+
+    def reset(self) -> None:
+        """Start a new sequence."""
+        self.length = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """No rows of its own."""
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """No rows of its own."""
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """No rows of its own."""
+
+
+class SkippedCacheLayer(SiteStates, _NoKeysNoValues):
+    """The cache layer of a skipped site: the means of its PIA and the sequence length."""
+
+
+@memoise
+def _with_states(kind: type) -> type:
+    return type(f"Stateful{kind.__name__}", (SiteStates, kind), {"__module__": kind.__module__})
+
+
+def _stateful(layer: CacheLayerMixin) -> CacheLayerMixin:
+    """The same layer, of whatever kind, that also carries means."""
+    twin = object.__new__(_with_states(type(layer)))
+    twin.__dict__ = layer.__dict__
+    return twin
+
+
+def prepare_cache(
+    cache: Cache, layers: int, skipped: frozenset[int], stateful: frozenset[int], croppable: bool
+) -> None:
+    """Put a `SkippedCacheLayer` into the slot of every skipped site and let `stateful` kept sites carry means.
+
+    In place and idempotent, because `generate` keeps its own reference to the cache.
+
+    Raises:
+        ConfigError: the cache already holds tokens of a model with other skipped sites.
+    """
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) < layers:
+            cache.layers.append(cache.layer_class_to_replicate())
+    holders = {i for i, layer in enumerate(cache.layers) if isinstance(layer, SkippedCacheLayer)}
+    if holders == skipped and all(isinstance(cache.layers[i], SiteStates) for i in stateful):
+        return
+    if holders or any(layer.get_seq_length() > 0 for layer in cache.layers if isinstance(layer, CacheLayerMixin)):
+        raise ConfigError(
+            "past_key_values holds tokens of a model with other skipped attentions; expected an empty cache: "
+            "start the generation anew with this model"
+        )
+    kept = [layer for i, layer in enumerate(cache.layers) if i not in skipped]
+    for i in skipped:
+        replaced = cache.layers[i]
+        # Sliding and full layers have masks of different sizes: the answer must come from a layer of the same kind.
+        reference = next((layer for layer in kept if type(layer) is type(replaced)), None)
+        cache.layers[i] = SkippedCacheLayer(replaced, reference, croppable)
+    for i in stateful:
+        cache.layers[i] = _stateful(cache.layers[i])

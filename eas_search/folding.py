@@ -1,0 +1,170 @@
+"""Inference forms of PIAs and the algebra that folds them into weights, computed in double precision.
+
+Everything is expressed in u, the bare normalised tokens (x̂ = g1 ⊙ u + b1), because that is what a merged layer reads.
+Matrices as in design: C, A bottleneck and pooled projections, B_k up-projections, w_k expert weights, W an FFN matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eas_search.exceptions import UnsupportedModelError
+from eas_search.pia import Pia
+from eas_search.pooling import PoolSession
+
+
+@dataclass(frozen=True)
+class FoldedPia:
+    """Δ = Σ_k w_k (U_k z + u_k) with z = R u + r + p and p = mean(P u); all tensors float64.
+
+    Attributes:
+        down, down_bias: R [r, d] and r [r], the pooled term's constant part included.
+        pool: P [r, d], or None without a pooled term.
+        ups, up_biases: U_k [d, r] and u_k [d]; one entry when the router is static, two when it is routed.
+        router, router_bias: E·G1 [2, d] and e + E b1 [2]; None when static.
+        temperature: of the router.
+    """
+
+    down: Tensor
+    down_bias: Tensor
+    pool: Tensor | None
+    ups: tuple[Tensor, ...]
+    up_biases: tuple[Tensor, ...]
+    router: Tensor | None
+    router_bias: Tensor | None
+    temperature: float
+
+
+def fold_pia(pia: Pia, gain: Tensor, shift: Tensor | None, pooled: bool) -> FoldedPia:
+    """Take scale, ½, norm1's affine part and a static router into the matrices.
+
+    Args:
+        pia: the trained PIA.
+        gain: g1, [d]; ones when the adapter's input is x̂ itself.
+        shift: b1, [d] or None.
+        pooled: whether the stack pools at all (a PIA keeps its pooled weights under pooling `none`, unused).
+    """
+    g = gain.double()
+    b = torch.zeros_like(g) if shift is None else shift.double()
+    mix, scale = pia.shape.mix, pia.shape.scale
+    down, down_bias = pia.down.weight.double(), pia.down.bias.double() + pia.down.weight.double() @ b
+    pool = None
+    if pia.pool is not None and pooled:
+        a = pia.pool.weight.double()
+        pool = mix * a * g
+        down_bias = down_bias + pia.pool.bias.double() + a @ b
+    ups = [up.dense().double() * scale for up in pia.ups]
+    up_biases = [up.bias.double() * scale for up in pia.ups]
+    router = router_bias = None
+    if pia.router_weight is None:
+        w = torch.softmax(pia.router_bias.double() / pia.shape.temperature, dim=-1)
+        ups, up_biases = [w[0] * ups[0] + w[1] * ups[1]], [w[0] * up_biases[0] + w[1] * up_biases[1]]
+    else:
+        e = pia.router_weight.double()
+        router, router_bias = e * g, pia.router_bias.double() + e @ b
+    return FoldedPia(
+        mix * down * g, mix * down_bias, pool, tuple(ups), tuple(up_biases), router, router_bias, pia.shape.temperature
+    )
+
+
+def linear(weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Linear:
+    """A frozen linear layer with these float64 values in the dtype of `like`."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.detach().to(like.dtype).contiguous(), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().to(like.dtype), requires_grad=False)
+    return layer
+
+
+class ThinPath(nn.Module):
+    """A folded PIA that stays two thin products, where no single matrix can hold it (routed, or placed `residual`)."""
+
+    def __init__(self, folded: FoldedPia, like: Tensor) -> None:
+        super().__init__()
+        self.down = linear(folded.down, folded.down_bias, like)
+        self.pool = None if folded.pool is None else linear(folded.pool, None, like)
+        self.ups = nn.ModuleList(
+            linear(up, bias, like) for up, bias in zip(folded.ups, folded.up_biases, strict=True)
+        )
+        self.router: nn.Linear | None = None
+        if folded.router is not None:
+            self.router = linear(folded.router / folded.temperature, folded.router_bias / folded.temperature, like)  # type: ignore[operator]
+
+    def forward(self, u: Tensor, session: PoolSession, key: str) -> Tensor:
+        """u [B, n, d] → Δ [B, n, d]."""
+        z = self.down(u)
+        if self.pool is not None:
+            z = z + session.mean(f"{key}.pool", u, self.pool.weight)
+        if self.router is None:
+            return self.ups[0](z)
+        w = torch.softmax(session.mean(f"{key}.router", u, self.router.weight) + self.router.bias, dim=-1)
+        return w[..., :1] * self.ups[0](z) + w[..., 1:] * self.ups[1](z)
+
+
+class FoldedFfn(nn.Module):
+    """A plain FFN, gated or not, whose first projections may get a bias per sample: P_in · mean(P u).
+
+    Submodules carry the names of the original FFN's projections (`names`), so that the state dict of a merged layer
+    without pooling is that of an ordinary FFN of another width.
+    """
+
+    def __init__(self, names: tuple[str, ...], activation: nn.Module) -> None:
+        super().__init__()
+        self.names, self.activation = names, activation
+        self.pool: nn.Linear | None = None
+        self.inject: nn.ModuleList | None = None
+
+    def forward(self, u: Tensor, session: PoolSession) -> Tensor:
+        """u [B, n, d] → [B, n, d]."""
+        *first, out = (getattr(self, name) for name in self.names)
+        if self.pool is None:
+            hidden = [layer(u) for layer in first]
+        else:
+            assert self.inject is not None
+            pooled = session.mean("fold.pool", u, self.pool.weight)
+            # The layer's bias joins the small per-sample vector, so that the wide activation is written once more, not
+            # twice.
+            hidden = [
+                F.linear(u, layer.weight) + (inject(pooled) + layer.bias)
+                for layer, inject in zip(first, self.inject, strict=True)
+            ]
+        value = self.activation(hidden[0])
+        return out(value * hidden[1] if len(hidden) == 2 else value)
+
+
+def constant_gate(activation: Callable[[Tensor], Tensor]) -> float:
+    """β with act(β) = 1, found by bisection in double precision; a gated neuron with this gate is linear.
+
+    Raises:
+        UnsupportedModelError: the activation does not reach 1 between 0 and 16.
+    """
+    low, high = 0.0, 16.0
+    value = lambda beta: activation(torch.tensor([beta], dtype=torch.float64, device="cpu")).item()  # noqa: E731
+    if not value(low) < 1.0 <= value(high):
+        raise UnsupportedModelError(
+            f"activation {type(activation).__name__} never equals 1, so a `parallel` PIA cannot fold into this gated "
+            "FFN; expected SiLU, GELU or ReLU: use placement 'ffn'"
+        )
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if value(middle) < 1.0 else (low, middle)
+    return high
+
+
+def check_odd_part(activation: Callable[[Tensor], Tensor]) -> None:
+    """Two neurons ±u are the linear map u exactly when act(u) − act(−u) = u, as for ReLU, GELU, SiLU and QuickGELU.
+
+    Raises:
+        UnsupportedModelError: the activation lacks this property.
+    """
+    u = torch.linspace(-6, 6, 49, dtype=torch.float64, device="cpu")
+    if not torch.allclose(activation(u) - activation(-u), u, atol=1e-9):
+        raise UnsupportedModelError(
+            f"activation {type(activation).__name__} has act(u) − act(−u) ≠ u, so a `parallel` PIA cannot fold into "
+            "this FFN; expected ReLU, GELU, SiLU or QuickGELU: use placement 'ffn'"
+        )

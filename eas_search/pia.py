@@ -1,0 +1,120 @@
+"""PIA, the propagation-of-information adapter (Wu et al., arXiv 2403.15226), and its light per-token form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eas_search.pooling import PoolSession
+from eas_search.skip_config import Router
+
+
+@dataclass(frozen=True)
+class PiaShape:
+    """What fixes a PIA's function apart from its weights.
+
+    `mix` is the factor in front of the bottleneck: ½ for a PIA that averages its own token with the pooled information,
+    1 for the light adapter, which has no pooled term.
+    """
+
+    width: int
+    rank: int
+    groups: int = 2
+    scale: float = 1.0
+    temperature: float = 10.0
+    router: Router = "static"
+    pooled: bool = True
+    mix: float = 0.5
+
+
+class GroupedUp(nn.Module):
+    """Up-projection R^r → R^d in groups: output group j reads only bottleneck group j.
+
+    `weight` is [d, r / groups] (the layout of a grouped 1×1 convolution), `bias` [d]; both start at zero.
+    """
+
+    def __init__(self, rank: int, width: int, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.zeros(width, rank // groups))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def dense(self) -> Tensor:
+        """The same map as an ordinary block-diagonal matrix, [d, r]."""
+        return self.weight if self.groups == 1 else torch.block_diag(*self.weight.chunk(self.groups))
+
+
+class Pia(nn.Module):
+    """Δ(x̂) = scale · Σ_k w_k (B_k z + b_k), with z = mix · (C x̂ + c + s), s = mean(A x̂ + a), w = softmax(router / τ).
+
+    Arguments of the mean and of the router are pooled by a `PoolSession`, which knows which tokens may enter. The
+    static router holds two logits; the routed one reads the pooled x̂, E · mean(x̂) + e.
+    """
+
+    def __init__(self, shape: PiaShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.down = nn.Linear(shape.width, shape.rank)
+        self.pool = nn.Linear(shape.width, shape.rank) if shape.pooled else None
+        self.ups = nn.ModuleList(GroupedUp(shape.rank, shape.width, shape.groups) for _ in range(2))
+        self.router_weight = nn.Parameter(torch.zeros(2, shape.width)) if shape.router == "routed" else None
+        self.router_bias = nn.Parameter(torch.zeros(2))
+        for linear in (self.down, self.pool):
+            if linear is not None:
+                nn.init.normal_(linear.weight, std=shape.width**-0.5)
+                nn.init.zeros_(linear.bias)
+
+    def expert_weights(self, x: Tensor, session: PoolSession, key: str) -> Tensor:
+        """w: [2] for the static router, [B, 1 or n, 2] for the routed one."""
+        logits = self.router_bias
+        if self.router_weight is not None:
+            logits = logits + session.mean(f"{key}.router", x, self.router_weight)
+        return torch.softmax(logits / self.shape.temperature, dim=-1)
+
+    def static_up(self) -> tuple[Tensor, Tensor]:
+        """(scale · Σ w_k B_k, scale · Σ w_k b_k), [d, r] and [d]; only the static router has constant weights."""
+        assert self.router_weight is None, "a routed PIA has no constant up-projection"
+        w = torch.softmax(self.router_bias / self.shape.temperature, dim=-1) * self.shape.scale
+        first, second = self.ups
+        return w[0] * first.dense() + w[1] * second.dense(), w[0] * first.bias + w[1] * second.bias
+
+    def forward(self, x: Tensor, session: PoolSession, key: str = "pia") -> Tensor:
+        """Δ for the normalised tokens `x` [B, n, d]; `key` names this PIA within its site. Returns [B, n, d]."""
+        z = self.down(x)
+        if self.pool is not None and session.mode != "none":
+            z = z + session.mean(f"{key}.pool", x, self.pool.weight) + self.pool.bias
+        z = self.shape.mix * z
+        if self.router_weight is None:
+            return F.linear(z, *self.static_up())
+        w = self.shape.scale * self.expert_weights(x, session, key)
+        first, second = (F.linear(z, up.dense(), up.bias) for up in self.ups)
+        return w[..., :1] * first + w[..., 1:] * second
+
+
+def copy_slice(source: Pia, target: Pia) -> None:
+    """Give `target` the leading bottleneck units of a larger `source`: each group keeps its first ones.
+
+    Both must have the same width, groups and router. The weights are copied, not shared.
+    """
+    big, small = source.shape, target.shape
+    assert (big.width, big.groups, big.router) == (small.width, small.groups, small.router)
+    assert small.rank <= big.rank, f"rank {small.rank} is not a slice of rank {big.rank}"
+    per_group = small.rank // small.groups
+    kept = torch.cat(
+        [torch.arange(per_group) + group * (big.rank // big.groups) for group in range(big.groups)]
+    )
+    with torch.no_grad():
+        for name in ("down", "pool"):
+            wide, narrow = getattr(source, name), getattr(target, name)
+            if narrow is not None:
+                narrow.weight.copy_(wide.weight[kept])
+                narrow.bias.copy_(wide.bias[kept])
+        for wide, narrow in zip(source.ups, target.ups, strict=True):
+            narrow.weight.copy_(wide.weight[:, :per_group])
+            narrow.bias.copy_(wide.bias)
+        target.router_bias.copy_(source.router_bias)
+        if target.router_weight is not None:
+            target.router_weight.copy_(source.router_weight)

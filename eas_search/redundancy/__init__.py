@@ -1,0 +1,59 @@
+"""Redundancy of attention sites: how dispensable each one is for a task. Higher is more redundant.
+
+One metric per file; each takes a switchable model and batches, and returns one score per site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from eas_search.architectures import AttentionSite, attention_sites
+from eas_search.exceptions import ConfigError
+from eas_search.redundancy.bandit import BanditConfig, EasBandit, bandit_scores
+from eas_search.redundancy.leave_one_out import leave_one_out_scores
+from eas_search.redundancy.similarity import similarity_scores
+from eas_search.skip_config import SkipConfig
+from eas_search.supernet import Supernet
+
+Batches = Sequence[dict[str, Tensor]]
+METHODS: dict[str, Callable[[Supernet, Batches], list[float]]] = {
+    "bandit": bandit_scores,
+    "leave_one_out": leave_one_out_scores,
+    "similarity": similarity_scores,
+}
+
+__all__ = ["METHODS", "BanditConfig", "EasBandit", "Supernet", "redundancy_scores"]
+
+
+def redundancy_scores(
+    model: nn.Module,
+    batches: Batches,
+    method: str = "bandit",
+    sites: Sequence[AttentionSite] | None = None,
+) -> dict[str, float]:
+    """Score the attention sites of an original model on a task, with nothing standing in for a skipped attention.
+
+    Args:
+        model: an original model (not a student); untouched.
+        batches: batches with labels, as in training.
+        method: `bandit` (EAS), `leave_one_out` (loss) or `similarity` (cosine of the sublayer's input and output).
+        sites: which sites; None: the text tower's, or all when there is no text tower.
+
+    Returns:
+        Score by site name; higher is more redundant. Scores of different methods have different units.
+
+    Raises:
+        ConfigError: an unknown method or no batch.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"redundancy method {method!r} is unknown; expected one of {', '.join(METHODS)}")
+    if not batches:
+        raise ConfigError("redundancy needs at least one batch; got none: check the task's validation split")
+    if sites is None:
+        every = attention_sites(model)
+        sites = [site for site in every if site.tower == "text"] or every
+    supernet = Supernet(model, sites, SkipConfig(pia_dim=0, pooling="none"))
+    scores = METHODS[method](supernet, batches)
+    return {site.name: score for site, score in zip(sites, scores, strict=True)}

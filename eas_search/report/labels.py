@@ -1,0 +1,154 @@
+"""Numbers and names as short text, the same in plots, tables and sentences.
+
+Values that are missing (None, NaN) become an en dash.  Latencies are ratios to the baseline and are shown as
+speed-ups, their reciprocal, because "1.27×" is easier to read than "0.79 of the time".
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+MISSING = "–"
+_NBSP = "\u00a0"  # keeps a number and its unit on one line
+
+
+def known(value: Any) -> bool:
+    """Whether `value` is a finite number."""
+    return value is not None and math.isfinite(value)
+
+
+def percent(fraction: Any) -> str:
+    """0.8125 → "81.2 %"."""
+    return f"{100 * fraction:.1f}{_NBSP}%" if known(fraction) else MISSING
+
+
+def percent_interval(low: Any, high: Any) -> str:
+    """0.79, 0.833 → "79.0–83.3 %"."""
+    return f"{100 * low:.1f}–{100 * high:.1f}{_NBSP}%" if known(low) and known(high) else MISSING
+
+
+def speedup(latency: Any) -> str:
+    """Latency ratio 0.787 → "1.27×"; a third decimal where two would read as 1.00×."""
+    if not known(latency) or latency <= 0:
+        return MISSING
+    value = 1 / latency
+    return f"{value:.{3 if abs(value - 1) < 0.005 else 2}f}×"
+
+
+def speedup_interval(low: Any, high: Any) -> str:
+    """Interval of a latency ratio as the interval of the speed-up, 0.76, 0.82 → "1.22–1.32×"."""
+    if not (known(low) and known(high)) or low <= 0:
+        return MISSING
+    return f"{1 / high:.2f}–{1 / low:.2f}×"
+
+
+def size(count: Any) -> str:
+    """Bytes with a binary unit: 14336 → "14.0 KiB"."""
+    if not known(count):
+        return MISSING
+    value, units = float(count), ["B", "KiB", "MiB", "GiB"]
+    while abs(value) >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.0f}{_NBSP}B" if units[0] == "B" else f"{value:.1f}{_NBSP}{units[0]}"
+
+
+def quantity(count: Any) -> str:
+    """A large count: 7241748480 → "7.24 B"."""
+    if not known(count):
+        return MISSING
+    for factor, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(count) >= factor:
+            return f"{count / factor:.3g}{_NBSP}{unit}"
+    return f"{count:.0f}"
+
+
+def duration(seconds: Any) -> str:
+    """3725.0 → "1 h 2 min"."""
+    if not known(seconds):
+        return MISSING
+    if seconds < 59.95:
+        return f"{seconds:.1f}{_NBSP}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}{_NBSP}min {rest}{_NBSP}s"
+    return f"{minutes // 60}{_NBSP}h {minutes % 60}{_NBSP}min"
+
+
+def number(value: Any) -> str:
+    """0.12345 → "0.123"."""
+    return f"{value:.3g}" if known(value) else MISSING
+
+
+def milliseconds(value: Any) -> str:
+    """12.34 → "12.3 ms"."""
+    return f"{value:.3g}{_NBSP}ms" if known(value) else MISSING
+
+
+def site_labels(sites: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One short label per site: the layer number in its dotted name, unique within its tower.
+
+    Two attentions of one layer (self and cross) become "3a" and "3b"; a name without a number keeps its
+    index.
+    """
+    found = [re.findall(r"(?<![^.])\d+(?![^.])", site["name"]) for site in sites]
+    keys = [
+        (site["tower"], digits[-1] if digits else str(site["index"]))
+        for site, digits in zip(sites, found, strict=True)
+    ]
+    total, seen, labels = Counter(keys), Counter[tuple[Any, str]](), []
+    for key in keys:
+        labels.append(key[1] + (chr(ord("a") + seen[key]) if total[key] > 1 else ""))
+        seen[key] += 1
+    return labels
+
+
+def skip_text(skip: Sequence[int], sites: Sequence[Mapping[str, Any]]) -> str:
+    """Skipped layers by tower, "text 3, 7–11 · vision 2"; the tower is left out where there is only one."""
+    if len(skip) == 0:
+        return "none"
+    groups: dict[str, list[int]] = {}
+    for index in sorted(skip):
+        groups.setdefault(str(sites[index]["tower"]), []).append(index)
+    short = site_labels(sites)
+    texts = {tower: ", ".join(_runs(members, short)) for tower, members in groups.items()}
+    if len({site["tower"] for site in sites}) == 1:
+        return next(iter(texts.values()))
+    return " · ".join(f"{tower} {text}" for tower, text in texts.items())
+
+
+def hover(row: Mapping[Any, Any], sites: Sequence[Mapping[str, Any]], split: str) -> str:
+    """Lines that a plot shows for one trial, joined by <br>; `split` says which data its accuracy is from."""
+    accuracy = percent(row["accuracy"])
+    if "accuracy_low" in row:
+        accuracy += f" ({percent_interval(row['accuracy_low'], row['accuracy_high'])})"
+    interval = speedup_interval(row["latency_low"], row["latency_high"])
+    lines = [
+        f"<b>Trial {row['number']}</b>" + (f" · {escape(str(row['origin']))}" if "origin" in row else ""),
+        f"skips {len(row['skip'])}: {escape(skip_text(row['skip'], sites))}",
+        f"adapter dimension {escape(str(row['pia_dim']))}, {escape(str(row['placement']))}",
+        f"{split} accuracy {accuracy}",
+        f"prefill {speedup(row['latency'])} ({interval})",
+        f"KV cache {size(row['kv_bytes'])} per token",
+    ]
+    if "redundancy" in row:
+        lines.append(f"mean redundancy {number(row['redundancy'])}")
+    return "<br>".join(lines)
+
+
+def _runs(indexes: Sequence[int], short: Sequence[str]) -> list[str]:
+    """Labels of ascending `indexes`, with three or more neighbours in a row as "first–last"."""
+    runs: list[list[int]] = []
+    for index in indexes:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    texts: list[str] = []
+    for run in runs:
+        texts += [f"{short[run[0]]}–{short[run[-1]]}"] if len(run) > 2 else [short[index] for index in run]
+    return texts

@@ -1,0 +1,161 @@
+"""`apply_skips`: from a model and a skip configuration to a student that shares the model's weights."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from eas_search.architectures import AttentionSite, attention_sites, resolve_skip
+from eas_search.blocks import AdaptedNorm, light_adapter_for, skip_block
+from eas_search.context import EnterStack, LeaveStack, NotePrompt, TokenContext
+from eas_search.exceptions import ConfigError
+from eas_search.skip_config import Pooling, SkipConfig
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class StudentInfo:
+    """What a student knows of itself, at `student.eas`.
+
+    Attributes:
+        config: the skip configuration with which it was made.
+        sites: all attention sites of the *original* model.
+        skipped: those whose attention is gone.
+        merged: whether its PIAs are folded into plain weights.
+    """
+
+    config: SkipConfig
+    sites: tuple[AttentionSite, ...]
+    skipped: tuple[AttentionSite, ...]
+    merged: bool = False
+
+
+def share_copy(model: Model) -> Model:
+    """A new module tree over the same tensors: parameters are frozen views, buffers are the same objects.
+
+    Nothing done to the copy's structure or to `requires_grad` reaches the original; ties between weights survive.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in model.parameters():
+        memo[id(tensor)] = nn.Parameter(tensor.detach(), requires_grad=False)
+    for tensor in model.buffers():
+        memo[id(tensor)] = tensor
+    return copy.deepcopy(model, memo)
+
+
+def apply_skips(model: Model, config: SkipConfig) -> Model:
+    """A student: `model` without the attentions that `config` skips, with PIAs and light adapters in place.
+
+    The student shares the frozen weights; only the new adapters are trainable. `model` itself is untouched. Adapters
+    start as exact no-ops: with `identity="noop"` the student then computes `model` with those attentions deleted.
+
+    Args:
+        model: a model with at least one attention site; not itself a student.
+        config: which sites to skip and what to put in their place.
+
+    Raises:
+        ConfigError: a site that does not exist, or a pooling that a causal stack cannot have.
+        UnsupportedModelError: a block or norm outside the declared patterns.
+    """
+    if hasattr(model, "eas"):
+        raise ConfigError("the model is already a student; expected an original model: apply one configuration to it")
+    sites = tuple(attention_sites(model))
+    skipped = resolve_skip(config.skip, list(sites))
+    if config.pooling == "all" and any(site.causal for site in skipped):
+        raise ConfigError(
+            "pooling 'all' lets a decoder look ahead; expected 'prompt', 'prefix' or 'none' for causal sites"
+        )
+    return _build(model, sites, skipped, config)
+
+
+def apply_switches(model: Model, config: SkipConfig, switchable: Sequence[AttentionSite]) -> Model:
+    """A student in which the attention of every `switchable` site can be turned off and on (see `SupernetBlock`).
+
+    It has a light adapter *and* PIAs at these sites. Made for training and scoring: it does not decode with a cache.
+    """
+    return _build(model, tuple(attention_sites(model)), tuple(switchable), config, supernet=True)
+
+
+def _build(
+    model: Model,
+    sites: tuple[AttentionSite, ...],
+    chosen: tuple[AttentionSite, ...],
+    config: SkipConfig,
+    supernet: bool = False,
+) -> Model:
+    student = share_copy(model)
+    stacks: dict[str, list[AttentionSite]] = defaultdict(list)
+    for site in sites:
+        stacks[site.stack].append(site)
+    for stack, members in stacks.items():
+        _build_stack(student, stack, members, {site.index for site in chosen}, config, supernet)
+    student.eas = StudentInfo(config, sites, chosen)  # type: ignore[assignment]
+    return student
+
+
+def stack_pooling(config: SkipConfig, site: AttentionSite) -> Pooling:
+    """The pooling of the stack that holds `site`: a vision tower has no prompt, so it pools over all its tokens."""
+    if site.tower == "vision" and config.pooling != "none":
+        return "all"
+    return config.pooling
+
+
+def _build_stack(  # noqa: PLR0913  (one call, all of it needed)
+    student: nn.Module,
+    stack: str,
+    members: list[AttentionSite],
+    chosen: set[int],
+    config: SkipConfig,
+    supernet: bool,
+) -> None:
+    """Skip the chosen sites of one stack, give light adapters to the kept ones and install the hooks they need."""
+    vision = members[0].tower == "vision"
+    touched = any(site.index in chosen for site in members)
+    # Light adapters follow the text tower's training; a vision tower gets them only when some of its sites are skipped.
+    adapted = config.adapter_dim > 0 and (not vision or touched)
+    if not adapted and not touched:
+        return
+    keeps_means = adapted and config.router == "routed" and config.pooling != "none"
+    gone = set() if supernet else {site.index for site in members if site.index in chosen}
+    context = TokenContext(
+        pooling=stack_pooling(config, members[0]),
+        skipped=frozenset(site.layer for site in members if site.index in gone),
+        stateful=frozenset(site.layer for site in members if site.index not in gone and keeps_means),
+    )
+    for site in members:
+        block = student.get_submodule(site.block)
+        if adapted and site.index not in gone:
+            norm = getattr(block, site.pattern.norm1)
+            adapter = light_adapter_for(config, site.width).to(norm.weight.device)
+            setattr(block, site.pattern.norm1, AdaptedNorm(norm, adapter, context, site.layer))
+        if site.index in chosen:
+            skip_block(block, site, config, context, supernet)
+    if vision:
+        return
+    student.register_forward_pre_hook(NotePrompt(context), with_kwargs=True)
+    module = student.get_submodule(stack)
+    module.register_forward_pre_hook(EnterStack(context), with_kwargs=True)
+    module.register_forward_hook(LeaveStack(context), always_call=True)
+    if hasattr(student, "generate"):
+        student.eas_context = context  # type: ignore[assignment]
+        student.generate = types.MethodType(_generate, student)
+
+
+def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """`generate` of the model's own class, with the prompt's length noted for passes that use no cache."""
+    tokens = args[0] if args else kwargs.get("inputs_embeds", kwargs.get("input_ids", kwargs.get("inputs")))
+    length = None if tokens is None else tokens.shape[1]
+    with self.eas_context.generating(length):
+        return type(self).generate(self, *args, **kwargs)
+
+
+def adapter_parameters(student: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters of a student by name: its PIAs and light adapters."""
+    return {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}

@@ -1,0 +1,106 @@
+"""One model that contains every student: PIAs of the largest rank at every site, switched on and off.
+
+Students inherit from it: smaller ranks are slices, kept sites take the light adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from eas_search.architectures import AttentionSite
+from eas_search.blocks import AdaptedNorm, SupernetBlock, skip_block
+from eas_search.exceptions import ConfigError
+from eas_search.pia import Pia, copy_slice
+from eas_search.skip_config import Placement, SkipConfig
+from eas_search.skipping import apply_switches
+from eas_search.warm_start import SiteMoments, write_closed_form
+
+
+class Supernet:
+    """A switchable student.
+
+    Attributes:
+        model: the module tree; skips whatever `set_skips` said last.
+        sites: the searchable sites, in the order of `attention_sites`.
+        config: the largest configuration, with an empty skip set.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[AttentionSite], config: SkipConfig) -> None:
+        """Build from an original model.
+
+        Args:
+            model: the original model; untouched.
+            sites: which of its sites can be switched.
+            config: ranks, pooling, router …; its skip set must be empty. Placement `parallel` has the adapters of all
+                three placements; rank 0 makes switches of plain deletion.
+        """
+        if config.skip:
+            raise ConfigError(f"a supernet starts with nothing skipped; expected skip = [], got {list(config.skip)}")
+        self.sites, self.config = tuple(sites), config
+        self.model = apply_switches(model, config, self.sites)
+
+    def block(self, site: AttentionSite) -> SupernetBlock:
+        """The switchable block of a site."""
+        block = self.model.get_submodule(site.block)
+        assert isinstance(block, SupernetBlock)
+        return block
+
+    def set_skips(self, skip: Iterable[int], placement: Placement | None = None) -> None:
+        """Skip exactly the sites with these indexes, with the adapters of `placement` (None: the configuration's)."""
+        chosen = set(skip)
+        config = self.config if placement is None else self.config.model_copy(update={"placement": placement})
+        for site in self.sites:
+            block = self.block(site)
+            block.skipping, block.eas_config = site.index in chosen, config
+
+    def pias(self, site: AttentionSite) -> dict[str, Pia]:
+        """The PIAs of a site by target: `ffn`, `stream`."""
+        block = self.block(site)
+        both = {"ffn": getattr(block, "pia_ffn", None), "stream": getattr(block, "pia_stream", None)}
+        return {name: pia for name, pia in both.items() if pia is not None}
+
+    def warm_start(self, moments: dict[str, SiteMoments]) -> dict[str, float]:
+        """Closed-form start of every PIA; returns R² of the attention's output by site name."""
+        explained = {}
+        for site in self.sites:
+            for target, pia in self.pias(site).items():
+                explained[f"{site.name}:{target}"] = write_closed_form(pia, moments[site.name], target)
+        return explained
+
+    def adapters(self) -> dict[str, Tensor]:
+        """All trainable tensors by name, for safetensors."""
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def load_adapters(self, tensors: dict[str, Tensor]) -> None:
+        """Inverse of `adapters`."""
+        own = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if own.keys() != tensors.keys():
+            odd = sorted(own.keys() ^ tensors.keys())[0]
+            raise ConfigError(f"supernet weights do not fit: {odd!r} is on one side only; start in a new output folder")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+
+    def take_light_adapters(self, student: nn.Module) -> None:
+        """Start the light adapters from those of a trained student that skips nothing."""
+        for site in self.sites:
+            mine, theirs = (
+                getattr(tree.get_submodule(site.block), site.pattern.norm1) for tree in (self.model, student)
+            )
+            mine.adapter.load_state_dict(theirs.adapter.state_dict())
+
+    def inherit(self, student: nn.Module) -> None:
+        """Give a student made from the same model the weights of this supernet's adapters (copied)."""
+        for site in self.sites:
+            mine, block = self.block(site), student.get_submodule(site.block)
+            for target, pia in self.pias(site).items():
+                theirs = getattr(block, f"pia_{target}", None)
+                if theirs is not None:
+                    copy_slice(pia, theirs)
+            norm, own = getattr(block, site.pattern.norm1), getattr(mine, site.pattern.norm1)
+            if isinstance(norm, AdaptedNorm) and isinstance(own, AdaptedNorm):
+                norm.adapter.load_state_dict(own.adapter.state_dict())
+

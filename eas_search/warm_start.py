@@ -1,0 +1,164 @@
+"""Closed-form start of PIAs: reduced-rank least squares on calibration activations, no gradient step.
+
+For every site, ridge regression from (x̂, mean x̂) to what is lost with the attention, reduced to rank r in the output
+space (Izenman, "Reduced-rank regression for the multivariate linear model", 1975): the leading directions come first,
+so a PIA of smaller rank is a slice of a larger one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from eas_search.architectures import AttentionSite
+from eas_search.architectures.norms import split_norm
+from eas_search.blocks import AdaptedNorm
+from eas_search.context import TokenContext
+from eas_search.pia import Pia
+from eas_search.skip_config import IdentityPath
+from eas_search.training import on_device
+
+
+@dataclass
+class SiteMoments:
+    """First and second moments of a site's features f = (x̂, mean x̂) and targets y, float64.
+
+    Targets: `stream` is the attention's output; `ffn` is normalise2(x + attention) − i(x), what the FFN's input lacks.
+    """
+
+    count: float = 0.0
+    f: Tensor | None = None
+    ff: Tensor | None = None
+    y: dict[str, Tensor] = field(default_factory=dict)
+    fy: dict[str, Tensor] = field(default_factory=dict)
+    yy: dict[str, float] = field(default_factory=dict)
+
+    def add(self, features: Tensor, targets: dict[str, Tensor]) -> None:
+        """Add samples: features [N, p], targets [N, d] each."""
+        features = features.double()
+        self.count += features.shape[0]
+        self.f = features.sum(0) if self.f is None else self.f + features.sum(0)
+        self.ff = features.T @ features if self.ff is None else self.ff + features.T @ features
+        for name, target in targets.items():
+            target = target.double()
+            self.y[name] = self.y.get(name, 0.0) + target.sum(0)
+            self.fy[name] = self.fy.get(name, 0.0) + features.T @ target
+            self.yy[name] = self.yy.get(name, 0.0) + float(target.pow(2).sum())
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    sites: Iterable[AttentionSite],
+    batches: Iterable[dict[str, Tensor]],
+    identity: IdentityPath = "noop",
+) -> dict[str, SiteMoments]:
+    """Moments of every site of `model` over calibration batches, by site name.
+
+    Args:
+        model: a student that skips nothing (so that its token context knows the prompt).
+        sites: which sites to look at.
+        batches: batches as in training; tokens outside the pooled mask do not count.
+        identity: the identity path on which the `ffn` target depends.
+    """
+    moments = {site.name: SiteMoments() for site in sites}
+    handles = []
+    context: TokenContext = model.eas_context  # type: ignore[assignment]
+    for site in sites:
+        block = model.get_submodule(site.block)
+        handles.append(_Recorder(block, site, context, moments[site.name], identity).attach())
+    try:
+        model.eval()
+        for batch in batches:
+            model(**on_device(batch, model), use_cache=False)
+    finally:
+        for pair in handles:
+            for handle in pair:
+                handle.remove()
+    return moments
+
+
+class _Recorder:
+    """Hooks of one site: remembers x when the block starts and adds to the moments when its second norm is called."""
+
+    def __init__(
+        self, block: nn.Module, site: AttentionSite, context: TokenContext, moments: SiteMoments, identity: IdentityPath
+    ) -> None:
+        norm1 = getattr(block, site.pattern.norm1)
+        self.norm1 = norm1.norm if isinstance(norm1, AdaptedNorm) else norm1
+        self.norm2 = getattr(block, site.pattern.norm2)
+        self.normalise1, self.normalise2 = split_norm(self.norm1)[0], split_norm(self.norm2)[0]
+        self.block, self.site, self.context = block, site, context
+        self.moments, self.identity = moments, identity
+        self.x: Tensor | None = None
+
+    def attach(self) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
+        """Install the two hooks."""
+        return (
+            self.block.register_forward_pre_hook(self._start),
+            self.norm2.register_forward_pre_hook(self._second_norm),
+        )
+
+    def _start(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.x = args[0]
+
+    def _second_norm(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x, h = self.x, args[0]
+        assert x is not None, "the block's input is positional in transformers"
+        x_hat = self.norm1(x)
+        session = self.context.session(self.site.layer)
+        if self.site.tower == "vision":
+            session.mode, session.mask = ("none" if session.mode == "none" else "all"), None
+        features = x_hat
+        if session.mode != "none":
+            features = torch.cat([x_hat, session.mean("calibrate", x_hat).expand_as(x_hat)], dim=-1)
+        kept = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        if session.mask is not None:
+            kept = session.mask.bool()
+        identity = x_hat if self.identity == "paper" else self.normalise1(x)
+        targets = {"stream": (h - x)[kept], "ffn": (self.normalise2(h) - identity)[kept]}
+        self.moments.add(features[kept], targets)
+
+
+@torch.no_grad()
+def write_closed_form(pia: Pia, moments: SiteMoments, target: str, ridge: float = 1e-3) -> float:
+    """Give `pia` the reduced-rank least-squares weights for `target`; each output group gets its share of the rank.
+
+    Args:
+        pia: both experts get the same up-projection, so the router does not matter at the start.
+        moments: of the PIA's site.
+        target: `stream` or `ffn`.
+        ridge: added to the features' covariance, relative to its mean diagonal.
+
+    Returns:
+        R², the share of the target's variance that the full-rank regression on these features explains.
+    """
+    assert moments.f is not None and moments.ff is not None, "no calibration sample reached this site"
+    n, width, groups = moments.count, pia.shape.width, pia.shape.groups
+    mean_f, mean_y = moments.f / n, moments.y[target] / n
+    cov = moments.ff / n - torch.outer(mean_f, mean_f)
+    cross = moments.fy[target] / n - torch.outer(mean_f, mean_y)
+    cov = cov + ridge * cov.diagonal().mean() * torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
+    full = torch.linalg.solve(cov, cross)  # [p, d]
+    explained = full.T @ cov @ full
+    per_group, rows, ups = pia.shape.rank // groups, [], []
+    for part in torch.arange(width, device=cov.device).chunk(groups):
+        directions = torch.linalg.eigh(explained[part][:, part]).eigenvectors.flip(-1)[:, :per_group]
+        rows.append((full[:, part] @ directions).T)  # [r / groups, p]
+        ups.append(directions)
+    bottleneck, up = torch.cat(rows) / pia.shape.mix, torch.cat(ups) / pia.shape.scale
+    reduced = torch.block_diag(*ups) @ torch.cat(rows)  # [d, p]
+    bias = (mean_y - reduced @ mean_f) / pia.shape.scale
+    pia.down.weight.copy_(bottleneck[:, :width])
+    pia.down.bias.zero_()
+    if pia.pool is not None and bottleneck.shape[1] > width:
+        pia.pool.weight.copy_(bottleneck[:, width:])
+        pia.pool.bias.zero_()
+    for expert in pia.ups:
+        expert.weight.copy_(up)
+        expert.bias.copy_(bias)
+    variance = moments.yy[target] / n - float(mean_y.pow(2).sum())
+    return float(explained.diagonal().sum()) / variance if variance > 0 else 0.0
