@@ -64,12 +64,13 @@ class SkippedBlock(StudentBlock):
         norm1 = getattr(self, pattern.norm1)
         # In a supernet the block also has a light adapter, which belongs to its attention; a PIA reads the bare norm.
         x_hat = norm1.norm(x) if isinstance(norm1, AdaptedNorm) else norm1(x)
-        if self.pia_stream is not None:
+        # A supernet's block has the PIAs of all placements; the configuration says which of them count.
+        stream = x
+        if config.placement != "ffn":
+            assert self.pia_stream is not None
             stream = x + _delta(self.pia_stream, x_hat, session, "stream")
-            if config.placement == "residual":
-                return stream + ffn(norm2(stream))
-        else:
-            stream = x
+        if config.placement == "residual":
+            return stream + ffn(norm2(stream))
         assert self.pia_ffn is not None
         identity = x_hat if config.identity == "paper" else self.normalise(x)
         v = (identity + _delta(self.pia_ffn, x_hat, session, "ffn")) * norm2.weight

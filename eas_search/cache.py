@@ -56,11 +56,13 @@ class _NoKeysNoValues(CacheLayerMixin):
     """The bookkeeping of a cache layer without its tensors."""
 
     supports_early_init = False
-    is_compileable = False
 
     def __init__(self, replaces: CacheLayerMixin | None, reference: CacheLayerMixin | None, croppable: bool) -> None:
         super().__init__()
         self.is_sliding = getattr(replaces, "is_sliding", False)
+        # A cache is compileable when all its layers are. A static one must stay so: otherwise `transformers` drops the
+        # mask of a one-token pass and attends to slots that are not filled yet.
+        self.is_compileable = getattr(replaces, "is_compileable", False)
         self.is_croppable = croppable
         self.is_initialized = True
         self.reference = reference
@@ -70,8 +72,15 @@ class _NoKeysNoValues(CacheLayerMixin):
         """Nothing to allocate."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """A skipped attention has no keys and values to store."""
-        raise AssertionError("a skipped site was asked to store keys and values")
+        """A skipped attention has no keys and values to store.
+
+        Raises:
+            ConfigError: always; only a model that does not skip this site asks for it.
+        """
+        raise ConfigError(
+            "past_key_values was filled by a model that skips this attention, expected an empty cache: "
+            "start the generation anew with this model"
+        )
 
     def get_seq_length(self) -> int:
         """Tokens seen so far."""

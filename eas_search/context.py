@@ -101,15 +101,15 @@ class EnterStack:
         tokens = named.get("inputs_embeds")
         tokens = named.get("input_ids") if tokens is None else tokens
         context = self.context
-        context.mask = self._mask(tokens, named.get("attention_mask"))
+        context.mask = self._mask(tokens, named)
         context.prompt_mask = None
         named["past_key_values"] = context.cache = self._cache(module, named)
         return (), named
 
-    def _mask(self, tokens: Tensor, attention_mask: Tensor | dict[str, Tensor] | None) -> Tensor | None:
+    def _mask(self, tokens: Tensor, named: dict[str, Any]) -> Tensor | None:
         n = tokens.shape[1]
         context = self.context
-        mask = visible_tokens(attention_mask, n)
+        mask = visible_tokens(named.get("attention_mask"), n, named.get("past_key_values"))
         if context.pooling != "prompt":
             return mask
         if context.prompt_mask is not None:
@@ -146,17 +146,21 @@ class LeaveStack:
         self.context.cache = None
 
 
-def visible_tokens(attention_mask: Tensor | dict[str, Tensor] | None, n: int) -> Tensor | None:
-    """[B, n] bool, which of the last n tokens are real; None when nothing is masked.
+def visible_tokens(
+    attention_mask: Tensor | dict[str, Tensor] | None, n: int, cache: Cache | None = None
+) -> Tensor | None:
+    """[B, n] bool, which of the n tokens of this pass are real; None when nothing is masked.
 
     Understands the 2-D mask of tokenizers and the 4-D masks (boolean or additive) that `generate` makes for static
-    caches, whose last query sees every real token.
+    caches, in which a real token sees at least itself; its column follows those of the tokens in `cache`.
     """
     if isinstance(attention_mask, dict):
         attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values())))
     if attention_mask is None:
         return None
     if attention_mask.dim() == 4:
-        row = attention_mask[:, 0, -1, :n]
-        return row if row.dtype == torch.bool else row == 0
+        past = 0 if cache is None else int(cache.get_seq_length())
+        past = min(past, attention_mask.shape[-1] - n)  # a sliding window has moved on
+        itself = attention_mask[:, 0, :, past : past + n].diagonal(dim1=-2, dim2=-1)
+        return itself if itself.dtype == torch.bool else itself == 0
     return attention_mask[:, -n:].bool()

@@ -81,7 +81,7 @@ def _merge_skipped(block: Any) -> None:
         name: None if pia is None else fold_pia(pia, gain1, shift1, pooled)
         for name, pia in (("ffn", block.pia_ffn), ("stream", block.pia_stream))
     }
-    original = block.__class__.__mro__[2]
+    original = type(block).__bases__[1]  # see `student_class`
     like = getattr(getattr(block, pattern.ffn), pattern.ffn_out).weight
     block.normalise = normalise
     block.thin_ffn = block.thin_stream = block.thin_gain = None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eas_search.exceptions import ConfigError
 from eas_search.pooling import PoolSession
 from eas_search.skip_config import Router
 
@@ -56,6 +57,8 @@ class Pia(nn.Module):
 
     def __init__(self, shape: PiaShape) -> None:
         super().__init__()
+        if shape.width % shape.groups:
+            raise ConfigError(f"groups is {shape.groups}, expected a divisor of the model's width {shape.width}")
         self.shape = shape
         self.down = nn.Linear(shape.width, shape.rank)
         self.pool = nn.Linear(shape.width, shape.rank) if shape.pooled else None

@@ -59,17 +59,16 @@ def calibrate(
     """Moments of every site of `model` over calibration batches, by site name.
 
     Args:
-        model: a student that skips nothing (so that its token context knows the prompt).
+        model: a supernet's model that skips nothing, or a student with light adapters at these sites.
         sites: which sites to look at.
         batches: batches as in training; tokens outside the pooled mask do not count.
         identity: the identity path on which the `ffn` target depends.
     """
     moments = {site.name: SiteMoments() for site in sites}
     handles = []
-    context: TokenContext = model.eas_context  # type: ignore[assignment]
     for site in sites:
         block = model.get_submodule(site.block)
-        handles.append(_Recorder(block, site, context, moments[site.name], identity).attach())
+        handles.append(_Recorder(block, site, moments[site.name], identity).attach())
     try:
         model.eval()
         for batch in batches:
@@ -85,13 +84,16 @@ class _Recorder:
     """Hooks of one site: remembers x when the block starts and adds to the moments when its second norm is called."""
 
     def __init__(
-        self, block: nn.Module, site: AttentionSite, context: TokenContext, moments: SiteMoments, identity: IdentityPath
+        self, block: nn.Module, site: AttentionSite, moments: SiteMoments, identity: IdentityPath
     ) -> None:
         norm1 = getattr(block, site.pattern.norm1)
+        # Each stack has its own context: that of a vision tower knows no prompt and pools over all its tokens.
+        context = (norm1 if isinstance(norm1, AdaptedNorm) else block).eas_context
         self.norm1 = norm1.norm if isinstance(norm1, AdaptedNorm) else norm1
         self.norm2 = getattr(block, site.pattern.norm2)
         self.normalise1, self.normalise2 = split_norm(self.norm1)[0], split_norm(self.norm2)[0]
-        self.block, self.site, self.context = block, site, context
+        self.block, self.site = block, site
+        self.context: TokenContext = context  # type: ignore[assignment]
         self.moments, self.identity = moments, identity
         self.x: Tensor | None = None
 
@@ -110,8 +112,6 @@ class _Recorder:
         assert x is not None, "the block's input is positional in transformers"
         x_hat = self.norm1(x)
         session = self.context.session(self.site.layer)
-        if self.site.tower == "vision":
-            session.mode, session.mask = ("none" if session.mode == "none" else "all"), None
         features = x_hat
         if session.mode != "none":
             features = torch.cat([x_hat, session.mean("calibrate", x_hat).expand_as(x_hat)], dim=-1)
@@ -150,15 +150,14 @@ def write_closed_form(pia: Pia, moments: SiteMoments, target: str, ridge: float 
         rows.append((full[:, part] @ directions).T)  # [r / groups, p]
         ups.append(directions)
     bottleneck, up = torch.cat(rows) / pia.shape.mix, torch.cat(ups) / pia.shape.scale
-    reduced = torch.block_diag(*ups) @ torch.cat(rows)  # [d, p]
-    bias = (mean_y - reduced @ mean_f) / pia.shape.scale
     pia.down.weight.copy_(bottleneck[:, :width])
-    pia.down.bias.zero_()
+    # The bottleneck is centred, so that a unit that a slice leaves out takes no part of the mean with it.
+    pia.down.bias.copy_(-bottleneck @ mean_f)
     if pia.pool is not None and bottleneck.shape[1] > width:
         pia.pool.weight.copy_(bottleneck[:, width:])
         pia.pool.bias.zero_()
     for expert in pia.ups:
         expert.weight.copy_(up)
-        expert.bias.copy_(bias)
+        expert.bias.copy_(mean_y / pia.shape.scale)
     variance = moments.yy[target] / n - float(mean_y.pow(2).sum())
     return float(explained.diagonal().sum()) / variance if variance > 0 else 0.0

@@ -75,12 +75,7 @@ def test_answers_agree_with_an_independent_reader(families: tuple[Family, ...], 
 def test_images_show_what_the_answers_say() -> None:
     """Tints are read off the pixels; digits by the nearest of 1,024 rendered cells from other scans."""
     known = draw_scenes("pretraining", 256, np.random.default_rng(0))
-    cells = (
-        known.pixels.reshape(256, 2, 16, 2, 16, 3)
-        .transpose(0, 1, 3, 2, 4, 5)
-        .reshape(1024, 256, 3)
-        .max(axis=2)
-    )
+    cells = known.pixels.reshape(256, 2, 16, 2, 16, 3).transpose(0, 1, 3, 2, 4, 5).reshape(1024, 256, 3).max(axis=2)
     cells = cells / np.linalg.norm(cells, axis=1, keepdims=True)
     right: dict[str, list[bool]] = {"tint-at": [], "numeral-at": []}
     for example in tasks.get_task("digits-vqa").examples("test", 400):
@@ -108,9 +103,7 @@ def test_pools_of_scans_are_disjoint_and_complete() -> None:
         "validation": 150,
         "test": 297,
     }
-    assert set.union(*pools.values()) == set(
-        range(1797)
-    )  # the sizes sum to 1,797, so no scan is in two pools
+    assert set.union(*pools.values()) == set(range(1797))  # the sizes sum to 1,797, so no scan is in two pools
     for name, pool in pools.items():
         assert set(draw_scenes(name, 64, np.random.default_rng(1)).scans.reshape(-1).tolist()) <= pool
 
@@ -173,6 +166,7 @@ def test_register_task(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_importing_the_registry_loads_no_heavy_library() -> None:
-    code = "import sys, eas_search.tasks; print([m for m in ('torch', 'sklearn', 'transformers') if m in sys.modules])"
+    heavy = "('torch', 'sklearn', 'transformers')"
+    code = f"import sys, eas_search.tasks; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -67,7 +67,7 @@ class EasBandit:
 
         p is that of before the update. A loss that is not finite counts as reward 0.
         """
-        rewards = torch.exp(-torch.tensor(losses, dtype=torch.float64)).nan_to_num(nan=0.0)
+        rewards = torch.exp(-torch.tensor(losses, dtype=torch.float64)).nan_to_num(nan=0.0, posinf=0.0)
         p = self.policy()
         slope = p * (1 - p) * self.config.learning_rate
         for chosen, advantage in zip(sets, rewards - rewards.mean(), strict=True):

@@ -14,7 +14,10 @@ from eas_search.training import mean_loss
 
 
 def similarity_scores(supernet: Supernet, batches: Sequence[dict[str, Tensor]]) -> list[float]:
-    """Mean over tokens of cos(x, x + attention(norm1(x))), in [−1, 1]; an attention that changes little scores high."""
+    """Mean over tokens of cos(x, x + attention(norm1(x))), in [−1, 1]; an attention that changes little scores high.
+
+    Padding does not count.
+    """
     sums = [0.0] * len(supernet.sites)
     counts = [0] * len(supernet.sites)
     handles = []
@@ -28,6 +31,8 @@ def similarity_scores(supernet: Supernet, batches: Sequence[dict[str, Tensor]]) 
             _: nn.Module, args: tuple[Any, ...], inputs: list[Tensor] = inputs, position: int = position
         ) -> None:
             cosine = F.cosine_similarity(inputs[0].float(), args[0].float(), dim=-1)
+            real = supernet.block(supernet.sites[position]).eas_context.mask
+            cosine = cosine if real is None else cosine[real]
             sums[position] += float(cosine.sum())
             counts[position] += cosine.numel()
 

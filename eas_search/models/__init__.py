@@ -1,0 +1,1 @@
+"""Models that `transformers` lacks, and the embedded demo model."""

@@ -1,0 +1,181 @@
+"""`python -m eas_search.run`: the search from the command line.
+
+Only light modules are imported at the top: the first line appears before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from eas_search import __version__
+from eas_search.exceptions import ConfigError, EasSearchError
+
+if TYPE_CHECKING:
+    from eas_search.settings import SearchSettings
+    from eas_search.study import SearchResult
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+INTERRUPTED, USER_ERROR, UNFINISHED = 130, 2, 1
+# typer carries its own copy of click, so the base of its errors is found through a public name.
+UsageError: Any = typer.BadParameter.__base__
+
+
+@dataclass(frozen=True)
+class RunPlace:
+    """Where a search is kept."""
+
+    output: Path
+    study_name: str
+    storage: str | None
+
+
+def run_command(  # noqa: PLR0913  (one parameter per flag is how typer works)
+    budget: Annotated[int | None, typer.Option(help="Total number of completed trials [default: 50].")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML study file; flags win over it.")] = None,
+    model: Annotated[str | None, typer.Option(help="'demo', a hub id, or a model folder [default: demo].")] = None,
+    task: Annotated[str | None, typer.Option(help="Name of a task [default: digits-vqa].")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with the task's data.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Output folder [default: runs/STUDY_NAME].")] = None,
+    study_name: Annotated[str | None, typer.Option(help="Name of the study [default: TASK-MODEL].")] = None,
+    storage: Annotated[str | None, typer.Option(help="Optuna storage URL [default: OUTPUT/study.db].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides samples, proposals and training [default: 0].")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Worker processes [default: 1].")] = None,
+    sampler: Annotated[str | None, typer.Option(help="eas, tpe, nsga2, gp or random [default: eas].")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps or auto [default: auto].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Precision of the frozen model [default: float32].")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds after which no trial starts.")] = None,
+    prefer: Annotated[str | None, typer.Option(help="knee, or accuracy=0.99 (× the baseline's) [default: knee].")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Search which attentions can go, and export a model without them.
+
+    Writes trials.csv, pareto.html, best.json, export/ and more into OUTPUT. The same command again resumes.
+    """
+    values = locals()
+    given = {
+        name: values[name]
+        for name in ("budget", "model", "task", "data", "seed", "jobs", "sampler", "device", "dtype", "time_limit", "prefer")
+        if values[name] is not None
+    }
+    title = f"[bold]eas_search {__version__}[/bold]  which attentions can this model do without?"
+    console.print(title)
+    _search(given, config, output, study_name, storage)
+
+
+def _search(
+    given: dict[str, Any], config: Path | None, output: Path | None, study_name: str | None, storage: str | None
+) -> None:
+    console.print("Loading libraries …")
+    settings, place = _settle(given, config, output, study_name, storage)
+    from eas_search.study import create_study, run_study
+    from eas_search.study.progress import make_display
+
+    study = create_study(settings, place.output, place.study_name, place.storage)
+    display = make_display(console)
+    try:
+        result = run_study(study, settings, place.output, display)
+    finally:
+        display.close()
+    show_result(result)
+    if not result.reached:
+        console.print(
+            f"Stopped at {result.completed} of {settings.budget} trials (time limit). Resume with: {this_command()}"
+        )
+        raise typer.Exit(UNFINISHED)
+
+
+def _settle(
+    given: dict[str, Any], config: Path | None, output: Path | None, study_name: str | None, storage: str | None
+) -> tuple[SearchSettings, RunPlace]:
+    """Settings and place from flags and study file; everything that can be wrong with them is said before any work."""
+    if (budget := given.get("budget")) is not None and budget < 1:
+        raise ConfigError(f"--budget is {budget}; expected 1 or more completed trials: try --budget 50")
+    from eas_search.models.loading import model_location
+    from eas_search.settings import SearchSettings
+    from eas_search.tasks import get_task
+
+    settings = SearchSettings(**given) if config is None else SearchSettings.from_file(config, given)
+    model_location(settings.model)
+    get_task(settings.task, settings.data)
+    name = study_name or f"{settings.task}-{Path(settings.model).name}"
+    # A name from a user never becomes a path: only harmless characters reach the file system.
+    folder = output or Path("runs") / (re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "study")
+    return settings, RunPlace(folder, name, storage)
+
+
+def this_command() -> str:
+    """The command line that was typed, ready to be typed again."""
+    program = Path(sys.argv[0]).name
+    start = ["python", "-m", "eas_search.run"] if program in ("run.py", "__main__.py") else [program]
+    return shlex.join([*start, *sys.argv[1:]])
+
+
+def show_result(result: SearchResult) -> None:
+    """The closing table: the front, fastest first, and where everything is."""
+    baseline = result.baseline
+    table = Table(title="Pareto front (held-out accuracy, merged models timed side by side)", title_justify="left")
+    for heading in ("", "trial", "skipped", "PIA", "accuracy", "prefill", "decode", "KV cache"):
+        table.add_column(heading, justify="left" if heading in ("", "skipped", "PIA") else "right", overflow="fold")
+    kv, decode = baseline.kv_bytes, baseline.decode_s is not None
+    table.add_row("", "baseline", "none", "", f"{100 * baseline.accuracy:.1f} %", "1.00×", "1.00×" if decode else "", "100 %")
+    for row in result.front[result.front["on_front"]].to_dict("records"):
+        table.add_row(
+            "★" if row["chosen"] else "",
+            str(row["number"]),
+            f"{len(row['skip'])}: {' '.join(map(str, row['skip']))}",
+            f"{row['placement']} r={row['pia_dim']}" if row["skip"] else "",
+            f"{100 * row['accuracy']:.1f} %",
+            f"{1 / row['latency']:.2f}× ({1 / row['latency_high']:.2f}–{1 / row['latency_low']:.2f})",
+            f"{1 / row['decode_latency']:.2f}×" if decode and row["decode_latency"] else "",
+            f"{100 * row['kv_bytes'] / kv:.0f} %" if kv else "",
+        )
+    console.print(table)
+    folder = result.folder
+    seconds = sum(result.summary["wall_clock"].values())
+    console.print(f"{result.completed} trials in {seconds:.0f} s.  ★ is exported: {folder / 'export'}")
+    console.print(f"Open {folder / 'pareto.html'} in a browser; export another point with:")
+    console.print(f"  eas-search export {shlex.quote(str(folder))} --trial N", soft_wrap=True)
+
+
+def guarded(call: Callable[[], Any], debug: bool) -> int:
+    """Run a command; turn what a user caused into one line and an exit code."""
+    try:
+        code = call()
+    except EasSearchError as error:
+        if debug:
+            raise
+        errors.print(f"eas-search: {error}", markup=False)
+        return USER_ERROR
+    except typer.Abort:
+        code = INTERRUPTED
+    except UsageError as error:
+        errors.print(f"eas-search: {error.format_message()} See --help.", markup=False)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        errors.print(f"\nInterrupted; finished trials are kept. Resume with: {this_command()}", markup=False)
+    return int(code or 0)
+
+
+def main() -> None:
+    """Entry of `python -m eas_search.run`."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(run_command)
+    sys.exit(guarded(lambda: app(standalone_mode=False), "--debug" in sys.argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The files of a finished search: tables, the page, the chosen configuration and the exported model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import eas_search
+from eas_search.exceptions import StorageError
+from eas_search.export import save_pretrained, verify, write_reference
+from eas_search.finalists import Finalist
+from eas_search.report.front import REFERENCE, hypervolume
+from eas_search.stages import Baseline
+from eas_search.study.card import model_card
+from eas_search.workbench import Workbench
+
+PACKAGES = ("torch", "transformers", "optuna", "numpy", "pandas", "plotly", "joblib", "safetensors")
+INTERVAL_NOTES = (
+    "Accuracy: held-out samples that no trial saw; Wilson's 95 % interval of a proportion.",
+    "Latency: every finalist and the original model timed in one interleaved run in random order; the 95 % interval says "
+    "where the ratio of a repeated measurement in another process falls.",
+    "Trials show validation accuracy after a short fine-tune and a quick timing; finalists were re-trained equally and "
+    "measured again.",
+)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StorageError(f"{str(path)!r} cannot be written ({error.strerror}); free space or choose --output") from error
+
+
+def to_json(content: Any) -> str:
+    """JSON text; NaN and infinity, which JSON lacks, become null."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): clean(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [clean(item) for item in value]
+        if hasattr(value, "item"):
+            value = value.item()
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(clean(content), indent=2) + "\n"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Inverse of `to_json`.
+
+    Raises:
+        StorageError: missing or malformed.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{str(path)!r} cannot be read; expected the output of a search: run it first") from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of the libraries that figures depend on."""
+    found = {"eas_search": eas_search.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def write_trials(frame: pd.DataFrame, path: Path) -> None:
+    """`trials.csv`: lists as space-separated text, configurations as JSON."""
+    table = frame.copy()
+    for column in ("skip", "skip_names"):
+        table[column] = [" ".join(map(str, value)) for value in frame[column]]
+    table["config"] = [json.dumps(value) for value in frame["config"]]
+    write_text(path, table.to_csv(index=False))
+
+
+def page_baseline(baseline: Baseline) -> dict[str, Any]:
+    """The baseline as the page wants it (milliseconds)."""
+    return {
+        "zero_shot_accuracy": baseline.zero_shot_accuracy,
+        "accuracy": baseline.accuracy,
+        "accuracy_low": baseline.accuracy_low,
+        "accuracy_high": baseline.accuracy_high,
+        "prefill_ms": 1000 * baseline.prefill_s,
+        "decode_ms": None if baseline.decode_s is None else 1000 * baseline.decode_s,
+        "kv_bytes": baseline.kv_bytes,
+        "parameters": baseline.parameters,
+        "latency": 1.0,
+    }
+
+
+def site_rows(bench: Workbench, redundancy: Sequence[float]) -> list[dict[str, Any]]:
+    """The searchable sites with their redundancy."""
+    return [
+        {"index": site.index, "name": site.name, "tower": site.tower, "redundancy": score}
+        for site, score in zip(bench.sites, redundancy, strict=True)
+    ]
+
+
+def front_hypervolume(front: pd.DataFrame) -> float:
+    """Area dominated by the front, relative to accuracy 0 and the original model's latency (1.0)."""
+    kept = front[front["on_front"]]
+    return float(hypervolume(kept["accuracy"].to_numpy(), kept["latency"].to_numpy(), REFERENCE))
+
+
+def conditions(bench: Workbench) -> dict[str, str]:
+    """The circumstances that a reader of the figures must know."""
+    settings = bench.settings
+    tokens = bench.latency_inputs()["input_ids"].shape if "input_ids" in bench.latency_inputs() else None
+    shape = "" if tokens is None else f" of {tokens[1]} tokens"
+    return {
+        "latency": f"prefill of {settings.latency_batch} prompts{shape}, {settings.dtype}, merged model",
+        "training samples": str(len(bench.splits["train"])),
+        "validation samples": str(len(bench.splits["validation"])),
+        "held-out samples": str(len(bench.splits["test"])),
+        "trial fine-tune": f"{settings.trial.steps} steps of {settings.trial.batch_size}",
+        "finalist fine-tune": f"{settings.final.steps} steps of {settings.final.batch_size}",
+        "sampler": settings.sampler,
+        "student": f"{settings.student.router} router, pooling {settings.student.pooling}, "
+        f"light adapters of rank {settings.student.adapter_dim}",
+    }
+
+
+def write_export(
+    bench: Workbench, finalist: Finalist, row: Mapping[str, Any], baseline: Baseline, folder: Path
+) -> None:
+    """Save the merged model with card, reference answers and manifest, then reload and verify it.
+
+    Raises:
+        VerificationError: the reloaded export does not answer like the trained student.
+    """
+    claims = {
+        key: row[key]
+        for key in row
+        if key.startswith(("accuracy", "latency", "decode_latency", "kv_bytes", "parameters", "prefill_s", "decode_s"))
+    }
+    facts = {
+        "base_model": bench.settings.model,
+        "task": bench.settings.task,
+        "trial": int(row["number"]),
+        "claims": json.loads(to_json(claims)),
+        "baseline": json.loads(to_json(vars(baseline))),
+        "latency_batch": bench.settings.latency_batch,
+        "conditions": conditions(bench),
+        "hardware": bench.hardware,
+        "versions": versions(),
+        "seed": bench.settings.seed,
+    }
+    skipped = finalist.merged.eas.skipped  # type: ignore[union-attr, operator]
+    card = model_card(facts, [site.name for site in skipped], len(bench.sites), finalist.config)
+    save_pretrained(finalist.merged, folder, bench.processor, card, facts)
+    prompts = bench.splits["validation"].prompts(4)
+    write_reference(folder, finalist.student, prompts)
+    verify(folder)

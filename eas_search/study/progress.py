@@ -1,0 +1,131 @@
+"""What a person sees while a search runs: a live display in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+@dataclass
+class TrialNews:
+    """What is said about a finished trial."""
+
+    done: int
+    budget: int
+    number: int
+    skipped: int
+    sites: int
+    accuracy: float
+    latency: float
+    front: int
+    best: str
+
+
+class Display(Protocol):
+    """Receives news of a search."""
+
+    def stage(self, text: str) -> None:
+        """A new stage begins."""
+
+    def step(self, stage: str, done: int, total: int) -> None:
+        """A stage has advanced."""
+
+    def trial(self, news: TrialNews) -> None:
+        """A trial has finished."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+
+    def close(self) -> None:
+        """The search is over."""
+
+
+@dataclass
+class PlainDisplay:
+    """One line per event, at most one per second for steps; for logs and pipes."""
+
+    console: Console
+    started: float = field(default_factory=time.monotonic)
+    _last: float = 0.0
+
+    def _say(self, text: str) -> None:
+        self.console.print(f"[{time.monotonic() - self.started:6.1f} s] {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def stage(self, text: str) -> None:
+        """See `Display`."""
+        self._say(text)
+
+    def step(self, stage: str, done: int, total: int) -> None:
+        """See `Display`."""
+        now = time.monotonic()
+        if done == total or now - self._last > 5.0:
+            self._last = now
+            self._say(f"{stage}: step {done} of {total}")
+
+    def trial(self, news: TrialNews) -> None:
+        """See `Display`."""
+        left = (time.monotonic() - self.started) / max(1, news.done) * (news.budget - news.done)
+        self._say(
+            f"trial {news.done}/{news.budget}: {news.skipped} of {news.sites} skipped, accuracy {news.accuracy:.3f}, "
+            f"{1 / news.latency:.2f}× | front {news.front} | best {news.best} | about {left:.0f} s left"
+        )
+
+    def note(self, text: str) -> None:
+        """See `Display`."""
+        self._say(text)
+
+    def close(self) -> None:
+        """See `Display`."""
+
+
+class LiveDisplay:
+    """Progress bars of rich, with the front and the best point beside them."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress = Progress(
+            TextColumn("[bold]{task.description:<11}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[news]}"),
+            console=console,
+        )
+        self.tasks: dict[str, int] = {}
+        self.progress.start()
+
+    def _task(self, name: str, total: int) -> int:
+        if name not in self.tasks:
+            self.tasks[name] = int(self.progress.add_task(name, total=total, news=""))
+        return self.tasks[name]
+
+    def stage(self, text: str) -> None:
+        """See `Display`."""
+        self.progress.console.print(text, markup=False, highlight=False)
+
+    def step(self, stage: str, done: int, total: int) -> None:
+        """See `Display`."""
+        self.progress.update(self._task(stage, total), completed=done, total=total)  # type: ignore[arg-type]
+
+    def trial(self, news: TrialNews) -> None:
+        """See `Display`."""
+        line = f"front {news.front} · best {news.best}"
+        self.progress.update(self._task("trials", news.budget), completed=news.done, total=news.budget, news=line)  # type: ignore[arg-type]
+
+    def note(self, text: str) -> None:
+        """See `Display`."""
+        self.stage(text)
+
+    def close(self) -> None:
+        """See `Display`."""
+        self.progress.stop()
+
+
+def make_display(console: Console) -> Display:
+    """A live display for terminals, plain lines for everything else."""
+    return LiveDisplay(console) if console.is_terminal else PlainDisplay(console)

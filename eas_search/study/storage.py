@@ -1,0 +1,181 @@
+"""The Optuna storage of a study: opening it, owning it, and cleaning up after runs that were killed."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+import optuna
+import psutil
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.study import Study
+from optuna.trial import TrialState
+
+from eas_search.exceptions import ConfigError, StorageError
+from eas_search.settings import SearchSettings
+
+DIRECTIONS = ("maximize", "minimize")
+METRICS = ("accuracy", "latency")
+
+
+def prepare_output(folder: Path) -> None:
+    """Make the output folder and check that it can be written.
+
+    Raises:
+        StorageError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_text("", encoding="utf-8")
+        probe.unlink()
+    except OSError as error:
+        raise StorageError(
+            f"output folder {str(folder)!r} cannot be written ({error.strerror}); expected a folder you may write to: "
+            "choose another --output"
+        ) from error
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold the output folder: one coordinator at a time. The kernel lets go when the process ends, however it ends.
+
+    Raises:
+        StorageError: another run holds it.
+    """
+    lock = filelock.FileLock(str(folder / "run.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise StorageError(
+            f"output folder {str(folder)!r} is in use by another run; expected to be its only writer: wait for it, or "
+            "choose another --output"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def open_storage(url: str | None, folder: Path) -> BaseStorage:
+    """The storage at `url`, or `study.db` in the output folder.
+
+    Raises:
+        StorageError: the file is damaged or the storage cannot be reached.
+    """
+    path = folder / "study.db"
+    if url is None:
+        _check_sqlite(path)
+        url = f"sqlite:///{path}"
+    try:
+        return RDBStorage(url)
+    except Exception as error:  # SQLAlchemy, drivers and Optuna each raise their own kinds here
+        reason = str(error).strip().splitlines()[0][:160]
+        raise StorageError(f"storage {url!r} cannot be opened: {reason}; expected an Optuna storage URL") from error
+
+
+def _check_sqlite(path: Path) -> None:
+    """Refuse a damaged database before Optuna touches it."""
+    if not path.exists():
+        return
+    try:
+        connection = sqlite3.connect(f"file:{path}?mode=rw", uri=True)
+        try:
+            result = connection.execute("PRAGMA quick_check").fetchone()[0]
+        finally:
+            connection.close()
+    except sqlite3.DatabaseError as error:
+        result = str(error)
+    if result != "ok":
+        raise StorageError(
+            f"study storage {str(path)!r} is damaged ({result}); expected an Optuna SQLite file: restore a copy, or move "
+            "it away to start anew. Nothing was changed"
+        )
+
+
+def load_or_create(storage: BaseStorage, name: str, settings: SearchSettings) -> Study:
+    """The study called `name`, made on first use.
+
+    Raises:
+        StorageError: it exists with other settings or objectives.
+    """
+    study = optuna.create_study(
+        storage=storage, study_name=name, directions=list(DIRECTIONS), load_if_exists=True
+    )
+    if [direction.name.lower() for direction in study.directions] != list(DIRECTIONS):
+        raise StorageError(
+            f"study {name!r} has directions {[d.name.lower() for d in study.directions]}; expected {list(DIRECTIONS)}: "
+            "choose another --study-name"
+        )
+    known = study.user_attrs.get("fingerprint")
+    if known is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            study.set_metric_names(list(METRICS))
+        study.set_user_attr("settings", settings.model_dump(mode="json"))
+        study.set_user_attr("fingerprint", settings.fingerprint())
+    elif known != settings.fingerprint():
+        raise StorageError(
+            f"study {name!r} was made with other settings ({_first_difference(study, settings)}); expected the same ones "
+            "to resume: repeat them, or choose another --output"
+        )
+    return study
+
+
+def _first_difference(study: Study, settings: SearchSettings) -> str:
+    before, now = study.user_attrs["settings"], settings.model_dump(mode="json")
+    for key in now:
+        if key not in ("budget", "jobs", "time_limit", "prefer") and before.get(key) != now[key]:
+            return f"{key}: {before.get(key)} then, {now[key]} now"
+    return "another version of eas_search"
+
+
+def owner() -> dict[str, Any]:
+    """Who runs a trial: enough to tell later whether this very process is still alive."""
+    return {
+        "host": os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", ""),
+        "pid": os.getpid(),
+        "started": psutil.Process().create_time(),
+        "boot": psutil.boot_time(),
+    }
+
+
+def _alive(who: dict[str, Any] | None) -> bool:
+    me = owner()
+    if who is None or who["host"] != me["host"]:
+        # Another host's process cannot be asked. Only one coordinator writes to a storage, so it is not running.
+        return False
+    if abs(who["boot"] - me["boot"]) > 5 or not psutil.pid_exists(who["pid"]):
+        return False
+    try:
+        return abs(psutil.Process(who["pid"]).create_time() - who["started"]) < 1
+    except psutil.Error:
+        return False
+
+
+def reap(study: Study) -> int:
+    """Fail the trials that a dead run left running and queue their configurations again; returns how many.
+
+    Raises:
+        ConfigError: a trial belongs to another run that is still alive.
+    """
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    for trial in running:
+        who = trial.user_attrs.get("owner")
+        if _alive(who) and who != owner():
+            raise ConfigError(
+                f"study {study.study_name!r} is being written by process {who['pid']}; expected to be its only writer: "
+                "wait for it, or choose another --study-name"
+            )
+    for trial in running:
+        study.tell(trial.number, state=TrialState.FAIL)
+        if trial.params:
+            study.enqueue_trial(trial.params, user_attrs={"origin": trial.user_attrs.get("origin", "resumed")})
+    return len(running)

@@ -1,0 +1,182 @@
+"""Pretrain the embedded demo model from scratch: `python studies/pretrain_demo/pretrain.py`.
+
+Two phases: the vision tower and the projector learn to read single cells (cheap), then everything learns to
+answer questions. Attention sublayers are dropped at random, deeper ones more often, so that many become
+dispensable, as they are in large pretrained models. Writes the model folder and one file into results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from batches import PackedBatch, PackedShape, draw_packed, normalise, packed_layout
+from build import build_model, build_processor, build_tokenizer
+from evaluate import accuracy, family_split, write_result
+from stochastic_depth import dropped_attention
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from eas_search.models.demo import demo_path
+from eas_search.tasks.digit_scenes import draw_scenes
+from eas_search.tasks.digits_vqa import (
+    COLOURS,
+    DIGITS,
+    DOWNSTREAM_FAMILIES,
+    PLAIN,
+    PRETRAINING_FAMILIES,
+    SHIFTED,
+)
+
+HERE = Path(__file__).parent
+
+
+def vocabulary(reserved: list[str]) -> list[str]:
+    """All words of both wordings, the answers and the reserved words."""
+    words = [*DIGITS, *COLOURS, "yes", "no", *reserved]
+    for wording in (PLAIN, SHIFTED):
+        words += [*wording.rows, *wording.columns, *wording.colours]
+    for family in (*PRETRAINING_FAMILIES, *DOWNSTREAM_FAMILIES):
+        words += [word for text in family.templates for word in text.split() if not word.startswith("{")]
+    return words
+
+
+def fit(
+    parameters: list[nn.Parameter],
+    loss_of: Callable[[float], Tensor],
+    phase: dict[str, Any],
+    label: str,
+    save: Callable[[], None],
+) -> None:
+    """Adam with 5 % warm-up and a cosine decay, gradient norm clipped at 1.
+
+    No weight decay: it would shrink the words that pretraining never shows.
+    """
+    steps, peak = phase["steps"], phase["learning_rate"]
+    optimiser = torch.optim.Adam(parameters, lr=peak, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, peak, total_steps=steps, pct_start=0.05, cycle_momentum=False
+    )
+    start, losses = time.perf_counter(), []
+    for step in range(1, steps + 1):
+        loss = loss_of(step / steps)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        schedule.step()
+        losses.append(loss.item())
+        if step % 50 == 0 or step == steps:
+            save()
+            seconds = time.perf_counter() - start
+            print(f"{label} {step}/{steps} loss {np.mean(losses[-50:]):.4f} {seconds:.0f} s", flush=True)
+
+
+def vision_loss(model: Any, heads: nn.ModuleDict, images: int, rng: np.random.Generator) -> Tensor:
+    """Sum of three cross-entropies: digit, tint and position of the cell that a projected patch belongs to."""
+    scenes = draw_scenes("pretraining", images, rng)
+    features = torch.stack(model.get_image_features(normalise(scenes.pixels)).pooler_output)  # [B, 16, d]
+    cell = torch.tensor([(p // 4 // 2) * 2 + p % 4 // 2 for p in range(16)])  # the cell of each patch
+    wanted = {
+        "digit": torch.from_numpy(scenes.digits)[:, cell],
+        "colour": torch.from_numpy(scenes.colours)[:, cell],
+        "cell": cell.expand(images, 16),
+    }
+    return torch.stack([cross_entropy(heads[k](features).flatten(0, 1), v.flatten()) for k, v in wanted.items()]).sum()
+
+
+def language_loss(model: Any, batch: PackedBatch, bos: int) -> Tensor:
+    """Cross-entropy on the batch's targets, all blocks of an image packed into one sequence."""
+    features = torch.stack(model.get_image_features(batch.pixels).pooler_output)
+    embed = model.get_input_embeddings()
+    start = embed(torch.full((len(features), 1), bos))
+    sequence = torch.cat([start, features, embed(batch.blocks.flatten(1))], dim=1)
+    prefix = 1 + features.shape[1]
+    position, mask = packed_layout(prefix, *batch.blocks.shape[1:])
+    hidden = model.model.language_model(
+        inputs_embeds=sequence, position_ids=position, attention_mask=mask, use_cache=False
+    ).last_hidden_state[:, prefix:]
+    targets = batch.targets.flatten(1)
+    labelled = targets != -100
+    return cross_entropy(model.lm_head(hidden[labelled]), targets[labelled])
+
+
+@torch.no_grad()
+def scale_features(model: Any, size: float, rng: np.random.Generator) -> None:
+    """Scale the projector so that image tokens have the root mean square `size`, that of word embeddings."""
+    scenes = draw_scenes("pretraining", 64, rng)
+    features = torch.stack(model.get_image_features(normalise(scenes.pixels)).pooler_output)
+    for parameter in model.model.multi_modal_projector.linear_2.parameters():
+        parameter.mul_(size / features.square().mean().sqrt())
+
+
+def match_unseen_norms(model: Any, seen: Tensor) -> None:
+    """Scale the embeddings of words that pretraining never showed to the mean norm of those it did."""
+    weight = model.get_input_embeddings().weight
+    with torch.no_grad():
+        weight[~seen] *= (weight[seen].norm(dim=1).mean() / weight[~seen].norm(dim=1, keepdim=True)).clamp(0.1, 10)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, default=HERE / "config.yaml")
+    parser.add_argument("--output", type=Path, default=demo_path(), help="model folder to write")
+    options = parser.parse_args()
+    settings = yaml.safe_load(options.config.read_text())
+    torch.manual_seed(settings["seed"])
+    torch.set_num_threads(settings["threads"])
+    rng = np.random.default_rng(settings["seed"])
+    start = time.perf_counter()
+
+    tokenizer = build_tokenizer(vocabulary(settings["reserved_words"]))
+    processor = build_processor(tokenizer)
+    model = build_model(settings["model"], tokenizer).train()
+    ids = tokenizer.get_vocab()
+    width = settings["model"]["text"]["hidden_size"]
+    initial = model.get_input_embeddings().weight.detach().clone()
+
+    def save() -> None:  # also every 50 steps, so that an interrupted run leaves a model
+        model.save_pretrained(options.output)
+        processor.save_pretrained(options.output)
+
+    phase = settings["vision_phase"]
+    heads = nn.ModuleDict({"digit": nn.Linear(width, 10), "colour": nn.Linear(width, 4), "cell": nn.Linear(width, 4)})
+    seeing = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
+    fit(
+        [*seeing, *heads.parameters()],
+        lambda _: vision_loss(model, heads, phase["images"], rng),
+        phase,
+        "vision",
+        save,
+    )
+
+    phase = settings["joint_phase"]
+    shape = PackedShape(phase["images"], phase["blocks_per_image"], phase["length"])
+    highest = [0.0]
+
+    def joint_loss(progress: float) -> Tensor:
+        # Captions teach to look things up, which is learnt late from answers alone; then questions take over.
+        highest[0] = phase["attention_drop"] * min(1.0, 2 * progress)
+        captions = phase["captions"] * max(0.0, 1 - 2 * progress)
+        return language_loss(model, draw_packed(ids, shape, captions, rng), ids["<bos>"])
+
+    scale_features(model, model.get_input_embeddings().weight.detach().square().mean().sqrt().item(), rng)
+    with dropped_attention(model.model.language_model.layers, highest):
+        fit(list(model.parameters()), joint_loss, phase, "joint", save)
+    match_unseen_norms(model, (model.get_input_embeddings().weight != initial).any(dim=1))
+    save()
+    model.eval()
+    seconds = round(time.perf_counter() - start)
+    held_out = family_split(processor, PRETRAINING_FAMILIES, PLAIN, "validation", settings["evaluation"]["examples"])
+    result = {"seconds": seconds, "accuracy": accuracy(model, held_out), "settings": settings}
+    print(result["accuracy"], write_result(HERE / "results", "pretrain", result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""A merged model computes what its student computes, with nothing but plain weights where that is possible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from eas_search.exceptions import ConfigError, UnsupportedModelError, VerificationError
+from eas_search.merging import merge, verify_merge
+from eas_search.skip_config import SkipConfig
+from eas_search.skipping import apply_skips
+
+PROMPT = 6
+# float32 folded weights round once more per layer; the logits are of size 10. Norms of Llama models compute in float32
+# whatever the weights are, so only vision towers can be compared in double precision.
+SINGLE, DOUBLE = 5e-5, 1e-9
+ROUTERS, PLACEMENTS, IDENTITIES = ["static", "routed"], ["ffn", "residual", "parallel"], ["noop", "paper"]
+
+
+def agree(actual: Tensor, expected: Tensor, tolerance: float = SINGLE) -> None:
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0.0)
+
+
+def padded(side: str) -> Tensor:
+    mask = torch.ones(4, PROMPT, dtype=torch.long)
+    mask[1, slice(0, 3) if side == "left" else slice(3, None)] = 0
+    return mask
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", ["prompt", "prefix", "none"])
+@pytest.mark.parametrize(
+    ("router", "placement", "identity", "adapters"), list(product(ROUTERS, PLACEMENTS, IDENTITIES, [0, 4]))
+)
+def test_merged_llama_equals_the_student(
+    llama: Any,
+    tokens: Tensor,
+    randomise: Callable[..., nn.Module],
+    pooling: str,
+    router: str,
+    placement: str,
+    identity: str,
+    adapters: int,
+) -> None:
+    config = SkipConfig(
+        skip=(0, 2),
+        pia_dim=4,
+        adapter_dim=adapters,
+        placement=placement,
+        pooling=pooling,
+        router=router,
+        identity=identity,
+        scale=0.7,
+        temperature=2.0,
+    )
+    student = randomise(apply_skips(llama, config))
+    merged = merge(student)
+    prompt, tail = tokens[:, :PROMPT], torch.ones(4, 2, dtype=torch.long)
+    for rows, mask in ((1, torch.ones_like(prompt)), (4, padded("left")), (4, padded("right"))):
+        mask, outputs = mask[:rows], []
+        both = torch.cat([mask, tail[:rows]], dim=1)
+        for model in (student, merged):
+            first = model(input_ids=prompt[:rows], attention_mask=mask, use_cache=True)
+            second = model(
+                tokens[:rows, PROMPT : PROMPT + 2], attention_mask=both, past_key_values=first.past_key_values
+            )
+            whole = model(input_ids=prompt[:rows], attention_mask=mask, use_cache=False)
+            outputs.append((first.logits[mask.bool()], second.logits, whole.logits[mask.bool()]))
+        for actual, expected in zip(*reversed(outputs), strict=True):
+            agree(actual, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["clip", "vit"])
+@pytest.mark.parametrize("pooling", ["all", "none"])
+@pytest.mark.parametrize(("router", "placement", "identity"), list(product(ROUTERS, PLACEMENTS, IDENTITIES)))
+def test_merged_vision_tower_equals_the_student_in_double_precision(
+    request: pytest.FixtureRequest,
+    pixels: Tensor,
+    randomise: Callable[..., nn.Module],
+    name: str,
+    pooling: str,
+    router: str,
+    placement: str,
+    identity: str,
+) -> None:
+    import copy
+
+    tower = copy.deepcopy(request.getfixturevalue(name)).double()
+    config = SkipConfig(
+        skip=(0, 2), pia_dim=4, adapter_dim=2, placement=placement, pooling=pooling, router=router, identity=identity
+    )
+    student = randomise(apply_skips(tower, config).double())
+    merged = merge(student)
+    for rows in (4, 1):
+        images = pixels[:rows].double()
+        expected = student(pixel_values=images, output_hidden_states=True)
+        actual = merged(pixel_values=images, output_hidden_states=True)
+        agree(actual.last_hidden_state, expected.last_hidden_state, DOUBLE)
+        assert len(actual.hidden_states) == len(expected.hidden_states) == 4
+        for mine, theirs in zip(actual.hidden_states, expected.hidden_states, strict=True):
+            agree(mine, theirs, DOUBLE)
+
+
+@torch.no_grad()
+def test_merged_llava_equals_the_student(
+    llava: Any, image_prompt: dict[str, Tensor], randomise: Callable[..., nn.Module]
+) -> None:
+    student = randomise(apply_skips(llava, SkipConfig(skip=(0, 3, 4), pia_dim=4, adapter_dim=4, router="static")))
+    report = verify_merge(student, merged := merge(student), image_prompt)
+    assert report.largest < SINGLE
+    states = [model(**image_prompt, output_hidden_states=True).hidden_states for model in (student, merged)]
+    assert len(states[0]) == len(states[1]) == 5
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    groups=st.sampled_from([1, 2, 4]),
+    per_group=st.integers(1, 3),
+    width=st.sampled_from([8, 16]),
+    form=st.tuples(*map(st.sampled_from, (ROUTERS, PLACEMENTS, IDENTITIES, ["all", "none"]))),
+    scale=st.floats(-2, 2),
+    temperature=st.floats(0.1, 20),
+    act=st.sampled_from(["gelu", "gelu_pytorch_tanh", "relu", "silu", "quick_gelu"]),
+    seed=st.integers(0, 99),
+)
+@torch.no_grad()
+def test_any_shape_merges(
+    build_clip: Callable[..., Any],
+    randomise: Callable[..., nn.Module],
+    pixels: Tensor,
+    groups: int,
+    per_group: int,
+    width: int,
+    form: tuple[str, ...],
+    scale: float,
+    temperature: float,
+    act: str,
+    seed: int,
+) -> None:
+    names = dict(zip(("router", "placement", "identity", "pooling"), form, strict=True))
+    tower = build_clip(seed, hidden_size=width, intermediate_size=width + 3, num_hidden_layers=2, hidden_act=act)
+    config = SkipConfig(
+        skip=(0, 1), pia_dim=groups * per_group, groups=groups, scale=scale, temperature=temperature, **names
+    )
+    student = randomise(apply_skips(tower.double(), config).double(), seed)
+    images = pixels.double()
+    expected, actual = (model(pixel_values=images)[0] for model in (student, merge(student)))
+    agree(actual, expected, DOUBLE)
+
+
+@pytest.mark.parametrize(("tower", "extra"), [("llama", 4), ("clip", 8)])
+@pytest.mark.parametrize("placement", ["ffn", "parallel"])
+def test_without_pooling_a_merged_layer_has_only_plain_ffn_weights(
+    request: pytest.FixtureRequest, randomise: Callable[..., nn.Module], tower: str, extra: int, placement: str
+) -> None:
+    """Width d_ff + r for a gated FFN, d_ff + 2r for a plain one, when the PIA also writes to the stream."""
+    model = request.getfixturevalue(tower)
+    config = SkipConfig(skip=(1,), pia_dim=4, pooling="none", router="static", placement=placement)
+    merged = merge(randomise(apply_skips(model, config)))
+    block = next(module for path, module in merged.named_modules() if path.endswith("layers.1"))
+    width, hidden = (32, 48) if tower == "llama" else (24, 40)
+    hidden += extra if placement == "parallel" else 0
+    first, last = (("gate_proj", "up_proj"), "down_proj") if tower == "llama" else (("fc1",), "fc2")
+    shapes = {name: tuple(value.shape) for name, value in block.state_dict().items()}
+    wanted = {f"mlp.{name}.weight": (hidden, width) for name in first} | {f"mlp.{last}.weight": (width, hidden)}
+    assert {name: shape for name, shape in shapes.items() if name.endswith("weight")} == wanted
+    assert set(shapes) - set(wanted) <= {f"mlp.{name}.bias" for name in (*first, last)}
+    assert not any(parameter.requires_grad for parameter in merged.parameters())
+
+
+def test_the_student_survives_its_merge(llama: Any, tokens: Tensor, randomise: Callable[..., nn.Module]) -> None:
+    student = randomise(apply_skips(llama, SkipConfig(skip=(0, 2), pia_dim=4, adapter_dim=4)))
+    state, tree = {name: value.clone() for name, value in student.state_dict().items()}, repr(student)
+    with torch.no_grad():
+        before = student(tokens).logits
+        merge(student)
+        assert torch.equal(student(tokens).logits, before)
+    assert repr(student) == tree
+    assert all(torch.equal(value, state[name]) for name, value in student.state_dict().items())
+
+
+def test_plain_deletion_merges_to_itself(llama: Any, tokens: Tensor) -> None:
+    student = apply_skips(llama, SkipConfig(skip=(0, 2), pia_dim=0))
+    assert verify_merge(student, merge(student), {"input_ids": tokens}, tolerance=0.0).largest == 0.0
+
+
+@pytest.mark.parametrize("damage", [0.01, float("nan"), float("inf")])
+def test_verify_merge_refuses_a_model_that_differs(
+    llama: Any, tokens: Tensor, randomise: Callable[..., nn.Module], damage: float
+) -> None:
+    student = randomise(apply_skips(llama, SkipConfig(skip=(0,), pia_dim=4))).train()
+    merged = merge(student)
+    verify_merge(student, merged, {"input_ids": tokens})
+    assert student.training  # the mode is given back
+    with torch.no_grad():
+        merged.model.layers[0].mlp.down_proj.bias += damage
+    with pytest.raises(VerificationError, match="logits differs by .* expected at most 0.0001") as caught:
+        verify_merge(student, merged, {"input_ids": tokens})
+    assert "\n" not in str(caught.value)
+    assert caught.value.report.tolerance == 1e-4
+    assert not caught.value.report.differences["logits"] <= 1e-4
+
+
+def test_only_an_unmerged_student_merges(llama: Any) -> None:
+    with pytest.raises(ConfigError, match="not a student"):
+        merge(llama)
+    merged = merge(apply_skips(llama, SkipConfig(skip=(0,), pia_dim=4)))
+    with pytest.raises(ConfigError, match="already merged"):
+        merge(merged)
+
+
+@pytest.mark.parametrize(("act", "gated"), [("tanh", False), ("leaky_relu", False), ("sigmoid", True), ("tanh", True)])
+def test_an_activation_without_linear_neurons_is_refused_where_they_are_needed(
+    build_clip: Callable[..., Any], build_llama: Callable[..., Any], pixels: Tensor, tokens: Tensor, act: str, gated: bool
+) -> None:
+    model, inputs = (
+        (build_llama(hidden_act=act), {"input_ids": tokens})
+        if gated
+        else (build_clip(hidden_act=act), {"pixel_values": pixels})
+    )
+    values = {"skip": (0,), "pia_dim": 4, "pooling": "none"}
+    with pytest.raises(UnsupportedModelError, match="use placement 'ffn'"):
+        merge(apply_skips(model, SkipConfig(**values, placement="parallel")))
+    student = apply_skips(model, SkipConfig(**values, placement="ffn"))
+    assert verify_merge(student, merge(student), inputs).largest < SINGLE
