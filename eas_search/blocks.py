@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from eas_search.architectures.norms import split_norm
+from eas_search.architectures.norms import Normalise, split_norm
 from eas_search.architectures.patterns import BlockPattern
 from eas_search.architectures.sites import AttentionSite
 from eas_search.context import TokenContext
+from eas_search.exceptions import ConfigError
 from eas_search.pia import Pia, PiaShape
 from eas_search.pooling import PoolSession
 from eas_search.skip_config import SkipConfig
@@ -52,6 +53,7 @@ class SkippedBlock(StudentBlock):
     """
 
     eas_config: SkipConfig
+    normalise: Normalise
     pia_ffn: Pia | None
     pia_stream: Pia | None
 
@@ -143,6 +145,8 @@ class SupernetBlock(SkippedBlock):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """See `StudentBlock.forward` and the original class."""
         if self.skipping:
+            if self.eas_context.cache is not None:
+                raise ConfigError("a supernet does not decode; expected use_cache=False: make a student with `inherit`")
             return super().forward(hidden_states, *args, **kwargs)
         return super(StudentBlock, self).forward(hidden_states, *args, **kwargs)
 
@@ -170,4 +174,5 @@ def skip_block(
     block.eas_context, block.eas_layer = context, site.layer  # type: ignore[assignment]
     block.eas_causal, block.eas_pattern = site.causal, pattern  # type: ignore[assignment]
     block.eas_config = config  # type: ignore[assignment]
-    block.__class__ = student_class(SupernetBlock if supernet else SkippedBlock, type(block))
+    original: Any = type(block)
+    block.__class__ = student_class(SupernetBlock if supernet else SkippedBlock, original)

@@ -18,7 +18,12 @@ from eas_search.pooling import PoolState
 
 
 class SiteStates:
-    """Mixin for a cache layer: carries a site's pooled means through everything that moves batch rows."""
+    """Mixin for a cache layer: carries a site's pooled means through everything that moves batch rows.
+
+    `owner` tells whose means they are (`TokenContext.owner`): a merged student keeps others than its student.
+    """
+
+    owner = -1
 
     @property
     def states(self) -> dict[str, PoolState]:
@@ -45,6 +50,19 @@ class SiteStates:
         """Keep some batch rows."""
         super().batch_select_indices(indices)  # type: ignore[misc]
         self._take_rows(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens.
+
+        Raises:
+            ConfigError: a running mean cannot forget.
+        """
+        if tokens_to_remove and any(state.count is not None for state in self.states.values()):
+            raise ConfigError(
+                "pooling 'prefix' cannot take back tokens, as candidate (assisted, prompt lookup) decoding does; "
+                "expected plain decoding or pooling 'prompt'"
+            )
+        super().crop(tokens_to_remove)  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything, for a new sequence."""
@@ -131,30 +149,31 @@ def _with_states(kind: type) -> type:
 
 def _stateful(layer: CacheLayerMixin) -> CacheLayerMixin:
     """The same layer, of whatever kind, that also carries means."""
-    twin = object.__new__(_with_states(type(layer)))
+    kind: Any = type(layer)
+    twin: CacheLayerMixin = object.__new__(_with_states(kind))
     twin.__dict__ = layer.__dict__
     return twin
 
 
 def prepare_cache(
-    cache: Cache, layers: int, skipped: frozenset[int], stateful: frozenset[int], croppable: bool
+    cache: Cache, layers: int, skipped: frozenset[int], stateful: frozenset[int], croppable: bool, owner: int
 ) -> None:
     """Put a `SkippedCacheLayer` into the slot of every skipped site and let `stateful` kept sites carry means.
 
     In place and idempotent, because `generate` keeps its own reference to the cache.
 
     Raises:
-        ConfigError: the cache already holds tokens of a model with other skipped sites.
+        ConfigError: the cache already holds tokens of another model, with other skipped sites or other means.
     """
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) < layers:
             cache.layers.append(cache.layer_class_to_replicate())
     holders = {i for i, layer in enumerate(cache.layers) if isinstance(layer, SkippedCacheLayer)}
-    if holders == skipped and all(isinstance(cache.layers[i], SiteStates) for i in stateful):
+    if holders == skipped and all(getattr(cache.layers[i], "owner", None) == owner for i in skipped | stateful):
         return
     if holders or any(layer.get_seq_length() > 0 for layer in cache.layers if isinstance(layer, CacheLayerMixin)):
         raise ConfigError(
-            "past_key_values holds tokens of a model with other skipped attentions; expected an empty cache: "
+            "past_key_values holds tokens of another model; expected an empty cache: "
             "start the generation anew with this model"
         )
     kept = [layer for i, layer in enumerate(cache.layers) if i not in skipped]
@@ -165,3 +184,7 @@ def prepare_cache(
         cache.layers[i] = SkippedCacheLayer(replaced, reference, croppable)
     for i in stateful:
         cache.layers[i] = _stateful(cache.layers[i])
+        if not croppable:
+            cache.layers[i].is_croppable = False
+    for i in skipped | stateful:
+        cache.layers[i].owner = owner

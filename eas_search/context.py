@@ -1,12 +1,14 @@
 """What the blocks of one stack must know about the tokens of the current forward pass.
 
-Blocks of `transformers` get a 4-D attention mask or none at all, never the labels. Hooks on the model and on the stack of
-blocks note which tokens are real and which belong to the prompt, and prepare the KV cache.
+Blocks of `transformers` get a 4-D attention mask or none at all, never the labels. Hooks on the model and on the stack
+of blocks note which tokens are real and which belong to the prompt, and prepare the KV cache.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,10 +19,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from eas_search.cache import SiteStates, SkippedCacheLayer, prepare_cache
+from eas_search.exceptions import ConfigError
 from eas_search.pooling import PoolSession
 from eas_search.skip_config import Pooling
 
 IGNORED_LABEL = -100
+_OWNERS = itertools.count()
 
 
 @dataclass
@@ -35,6 +39,7 @@ class TokenContext:
         cache: KV cache of the current pass, if it uses one.
         prompt_mask: [B, n] as noted from `prompt_mask=` or `labels=`, until the stack is entered.
         prompt_length: tokens of the prompt while `generate` runs.
+        owner: number of this context, by which a cache tells whose means it holds.
     """
 
     pooling: Pooling
@@ -43,7 +48,14 @@ class TokenContext:
     mask: Tensor | None = None
     cache: Cache | None = None
     prompt_mask: Tensor | None = None
-    prompt_length: int | None = field(default=None)
+    prompt_length: int | None = None
+    owner: int = field(default_factory=lambda: next(_OWNERS))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TokenContext:
+        """The context of a copied or merged student, whose adapters are others."""
+        twin = copy.copy(self)
+        twin.owner = next(_OWNERS)
+        return twin
 
     def session(self, layer: int) -> PoolSession:
         """The means of the site in cache slot `layer`."""
@@ -98,8 +110,7 @@ class EnterStack:
         """Bind the call's arguments by name, so that positional calls work too."""
         call = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         named = {**call.pop("kwargs", {}), **call}
-        tokens = named.get("inputs_embeds")
-        tokens = named.get("input_ids") if tokens is None else tokens
+        tokens = named["input_ids"] if named.get("inputs_embeds") is None else named["inputs_embeds"]
         context = self.context
         context.mask = self._mask(tokens, named)
         context.prompt_mask = None
@@ -115,6 +126,13 @@ class EnterStack:
         if context.prompt_mask is not None:
             prompt = context.prompt_mask.to(tokens.device).bool()
             mask = prompt if mask is None else mask & prompt
+        cache = named.get("past_key_values")
+        first = cache is not None and cache.get_seq_length() == 0
+        if first and context.prompt_length is not None and context.prompt_length > n:
+            raise ConfigError(
+                f"pooling 'prompt' needs the prompt of {context.prompt_length} tokens in one piece, got {n} first; "
+                "expected generation without prefill_chunk_size, or pooling 'prefix'"
+            )
         if context.prompt_length is not None and context.prompt_length < n:
             prompt = torch.arange(n, device=tokens.device).expand(tokens.shape[0], -1) < context.prompt_length
             mask = prompt if mask is None else mask & prompt
@@ -130,7 +148,12 @@ class EnterStack:
             cache = DynamicCache(config=config)
         context = self.context
         prepare_cache(
-            cache, config.num_hidden_layers, context.skipped, context.stateful, context.pooling != "prefix"
+            cache,
+            config.num_hidden_layers,
+            context.skipped,
+            context.stateful,
+            context.pooling != "prefix",
+            context.owner,
         )
         return cache
 

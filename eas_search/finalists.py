@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,8 @@ def select_finalists(accuracy: Sequence[float], latency: Sequence[float], count:
     A front that is too long is thinned evenly along its latency, both ends kept.
     """
     acc, lat = np.asarray(accuracy, dtype=float), np.asarray(latency, dtype=float)
-    left, chosen = np.arange(len(acc)), []
+    left = np.arange(len(acc))
+    chosen: list[int] = []
     while len(chosen) < count and len(left):
         layer = left[non_dominated(acc[left], lat[left])]
         if not len(layer):
@@ -97,7 +98,10 @@ def measure_finalists(
     if kept is None:
         inputs = bench.latency_inputs()
         report = measure_latency(
-            {str(f.number): f.merged for f in finalists}, inputs, baseline=bench.model, config=bench.settings.final_latency
+            {str(f.number): f.merged for f in finalists},
+            inputs,
+            baseline=bench.model,
+            config=bench.settings.final_latency,
         )
         content = {
             str(f.number): {
@@ -127,5 +131,3 @@ def _flat(latency: Latency) -> dict[str, float | None]:
     flat["decode_s"] = None if latency.decode is None else latency.decode.timing.median
     return flat
 
-
-Choose = Callable[[Sequence[float], Sequence[float]], int]

@@ -49,7 +49,7 @@ def fold_pia(pia: Pia, gain: Tensor, shift: Tensor | None, pooled: bool) -> Fold
         shift: b1, [d] or None.
         pooled: whether the stack pools at all (a PIA keeps its pooled weights under pooling `none`, unused).
     """
-    g = gain.double()
+    g: Tensor = gain.double()
     b = torch.zeros_like(g) if shift is None else shift.double()
     mix, scale = pia.shape.mix, pia.shape.scale
     down, down_bias = pia.down.weight.double(), pia.down.bias.double() + pia.down.weight.double() @ b
@@ -58,8 +58,9 @@ def fold_pia(pia: Pia, gain: Tensor, shift: Tensor | None, pooled: bool) -> Fold
         a = pia.pool.weight.double()
         pool = mix * a * g
         down_bias = down_bias + pia.pool.bias.double() + a @ b
-    ups = [up.dense().double() * scale for up in pia.ups]
-    up_biases = [up.bias.double() * scale for up in pia.ups]
+    experts = pia.experts()
+    ups: list[Tensor] = [up.dense().double() * scale for up in experts]
+    up_biases: list[Tensor] = [up.bias.double() * scale for up in experts]
     router = router_bias = None
     if pia.router_weight is None:
         w = torch.softmax(pia.router_bias.double() / pia.shape.temperature, dim=-1)
@@ -88,12 +89,11 @@ class ThinPath(nn.Module):
         super().__init__()
         self.down = linear(folded.down, folded.down_bias, like)
         self.pool = None if folded.pool is None else linear(folded.pool, None, like)
-        self.ups = nn.ModuleList(
-            linear(up, bias, like) for up, bias in zip(folded.ups, folded.up_biases, strict=True)
-        )
+        self.ups = nn.ModuleList(linear(up, bias, like) for up, bias in zip(folded.ups, folded.up_biases, strict=True))
         self.router: nn.Linear | None = None
-        if folded.router is not None:
-            self.router = linear(folded.router / folded.temperature, folded.router_bias / folded.temperature, like)  # type: ignore[operator]
+        if folded.router is not None and folded.router_bias is not None:
+            bias = folded.router_bias / folded.temperature
+            self.router = linear(folded.router / folded.temperature, bias, like)
 
     def forward(self, u: Tensor, session: PoolSession, key: str) -> Tensor:
         """u [B, n, d] → Δ [B, n, d]."""

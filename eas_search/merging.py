@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from eas_search.architectures.norms import split_norm
+from eas_search.architectures.norms import Normalise, split_norm
 from eas_search.blocks import AdaptedNorm, SkippedBlock, StudentBlock, student_class
 from eas_search.exceptions import ConfigError, VerificationError
 from eas_search.folding import FoldedFfn, FoldedPia, ThinPath, check_odd_part, constant_gate, fold_pia, linear
@@ -30,6 +30,11 @@ class MergedBlock(StudentBlock):
     Of the identity path i only what no weight could hold is left: g1 ⊙ u + b1 for a routed PIA on the `paper` path.
     """
 
+    normalise: Normalise
+    thin_ffn: ThinPath | None
+    thin_stream: ThinPath | None
+    thin_gain: Tensor | None
+
     def transform(self, x: Tensor, session: PoolSession) -> Tensor:
         """See the class."""
         u = self.normalise(x)
@@ -43,6 +48,9 @@ class MergedBlock(StudentBlock):
 
 class MergedResidualBlock(StudentBlock):
     """h = x + thin(u), y = h + FFN(norm2(h)): the second norm sees Δ, so the PIA stays two thin products."""
+
+    normalise: Normalise
+    thin_stream: ThinPath
 
     def transform(self, x: Tensor, session: PoolSession) -> Tensor:
         """See the class."""
@@ -69,7 +77,7 @@ def merge(student: Model) -> Model:
                 _merge_skipped(block)
         elif isinstance(adapted := getattr(block, site.pattern.norm1), AdaptedNorm):
             _merge_adapted(block, adapted, site.pattern)
-    merged.eas = replace(info, merged=True)  # type: ignore[assignment]
+    merged.eas = replace(info, merged=True)
     return merged
 
 
@@ -77,7 +85,7 @@ def _merge_skipped(block: Any) -> None:
     pattern, config = block.eas_pattern, block.eas_config
     normalise, gain1, shift1 = split_norm(getattr(block, pattern.norm1))
     pooled = block.eas_context.pooling != "none"
-    folded = {
+    folded: Any = {
         name: None if pia is None else fold_pia(pia, gain1, shift1, pooled)
         for name, pia in (("ffn", block.pia_ffn), ("stream", block.pia_stream))
     }
@@ -170,8 +178,8 @@ def _fold_static(
 def _fold_routed(block: Any, identity: tuple[Tensor, Tensor | None], correction: FoldedPia) -> FoldedFfn:
     """FFN(g2 ⊙ v + b2) for v = i(u) + Δ: the norm's affine part folds, the routed Δ stays a thin path in front.
 
-    On the `paper` identity path the constant b1 folds too, while g1 ⊙ u stays a product (`thin_gain`): dividing it out of
-    W would need g1 ≠ 0.
+    On the `paper` identity path the constant b1 folds too, while g1 ⊙ u stays a product (`thin_gain`): dividing it
+    out of W would need g1 ≠ 0.
     """
     pattern = block.eas_pattern
     first, out, activation = _projections(block)

@@ -1,7 +1,7 @@
 """One trial: a skip configuration → (accuracy, latency) and what is recorded with them.
 
-`evaluate` is a pure function of (workbench, supernet, configuration): the seed of its fine-tuning comes from the study's seed
-and the configuration, so the same configuration gives the same accuracy in whatever order and process it is evaluated.
+`evaluate` is a pure function of (workbench, supernet, configuration): the seed of its fine-tuning comes from the
+study's seed and the configuration, so the same configuration gives the same accuracy in whatever order and process.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from eas_search.measures import kv_bytes_per_token, parameter_count, prefill_flops
 from eas_search.latency import measure_latency
+from eas_search.measures import kv_bytes_per_token, parameter_count, prefill_flops
 from eas_search.merging import merge
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import apply_skips

@@ -70,9 +70,16 @@ class Pia(nn.Module):
                 nn.init.normal_(linear.weight, std=shape.width**-0.5)
                 nn.init.zeros_(linear.bias)
 
+    def experts(self) -> tuple[GroupedUp, GroupedUp]:
+        """The two up-projections."""
+        first, second = self.ups
+        assert isinstance(first, GroupedUp)
+        assert isinstance(second, GroupedUp)
+        return first, second
+
     def expert_weights(self, x: Tensor, session: PoolSession, key: str) -> Tensor:
         """w: [2] for the static router, [B, 1 or n, 2] for the routed one."""
-        logits = self.router_bias
+        logits: Tensor = self.router_bias
         if self.router_weight is not None:
             logits = logits + session.mean(f"{key}.router", x, self.router_weight)
         return torch.softmax(logits / self.shape.temperature, dim=-1)
@@ -81,7 +88,7 @@ class Pia(nn.Module):
         """(scale · Σ w_k B_k, scale · Σ w_k b_k), [d, r] and [d]; only the static router has constant weights."""
         assert self.router_weight is None, "a routed PIA has no constant up-projection"
         w = torch.softmax(self.router_bias / self.shape.temperature, dim=-1) * self.shape.scale
-        first, second = self.ups
+        first, second = self.experts()
         return w[0] * first.dense() + w[1] * second.dense(), w[0] * first.bias + w[1] * second.bias
 
     def forward(self, x: Tensor, session: PoolSession, key: str = "pia") -> Tensor:
@@ -93,7 +100,7 @@ class Pia(nn.Module):
         if self.router_weight is None:
             return F.linear(z, *self.static_up())
         w = self.shape.scale * self.expert_weights(x, session, key)
-        first, second = (F.linear(z, up.dense(), up.bias) for up in self.ups)
+        first, second = (F.linear(z, up.dense(), up.bias) for up in self.experts())
         return w[..., :1] * first + w[..., 1:] * second
 
 
@@ -106,18 +113,16 @@ def copy_slice(source: Pia, target: Pia) -> None:
     assert (big.width, big.groups, big.router) == (small.width, small.groups, small.router)
     assert small.rank <= big.rank, f"rank {small.rank} is not a slice of rank {big.rank}"
     per_group = small.rank // small.groups
-    kept = torch.cat(
-        [torch.arange(per_group) + group * (big.rank // big.groups) for group in range(big.groups)]
-    )
+    kept = torch.cat([torch.arange(per_group) + group * (big.rank // big.groups) for group in range(big.groups)])
     with torch.no_grad():
         for name in ("down", "pool"):
             wide, narrow = getattr(source, name), getattr(target, name)
             if narrow is not None:
                 narrow.weight.copy_(wide.weight[kept])
                 narrow.bias.copy_(wide.bias[kept])
-        for wide, narrow in zip(source.ups, target.ups, strict=True):
-            narrow.weight.copy_(wide.weight[:, :per_group])
-            narrow.bias.copy_(wide.bias)
+        for wide_up, narrow_up in zip(source.experts(), target.experts(), strict=True):
+            narrow_up.weight.copy_(wide_up.weight[:, :per_group])
+            narrow_up.bias.copy_(wide_up.bias)
         target.router_bias.copy_(source.router_bias)
-        if target.router_weight is not None:
+        if target.router_weight is not None and source.router_weight is not None:
             target.router_weight.copy_(source.router_weight)

@@ -50,7 +50,8 @@ class PoolSession:
             weight: W, [q, d]; None for the identity.
 
         Returns:
-            [B, 1, q] for `prompt` and `all`; [B, n, q] for `prefix` (mean up to each token) and `none` (the token itself).
+            [B, 1, q] for `prompt` and `all`; [B, n, q] for `prefix` (mean up to each token) and `none` (the token
+            itself).
         """
         project = (lambda values: values) if weight is None else (lambda values: F.linear(values, weight))
         if self.mode == "none":

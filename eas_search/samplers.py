@@ -54,10 +54,12 @@ class FrontSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Propose; `origins[trial.number]` says how."""
-        # Failed trials do not count: an interrupted trial is queued again, and the next proposal must be the one that
-        # would have come without the interruption.
+        # Interrupted trials do not count: each is queued again, and the next proposal must be the one that would have
+        # come without the interruption. One that failed by itself does count, or it would be proposed again and again.
         others = [
-            t for t in study.get_trials(deepcopy=False) if t.state != TrialState.FAIL and t.number != trial.number
+            t
+            for t in study.get_trials(deepcopy=False)
+            if t.number != trial.number and (t.state != TrialState.FAIL or "error" in t.user_attrs)
         ]
         rng = np.random.default_rng([self.seed, len(others)])
         config, self.origins[trial.number] = self.propose(others, rng)
@@ -101,7 +103,7 @@ class FrontSampler(BaseSampler):
     def _apply(self, move: str, parent: SkipConfig, rng: np.random.Generator) -> SkipConfig | None:
         if move == "draw":
             return self._draw(rng)
-        skip = set(parent.skip)
+        skip = {int(index) for index in parent.skip}
         dims, placements = self.space.choices.pia_dims, self.space.choices.placements
         dim, placement = dims.index(parent.pia_dim), placements.index(parent.placement)
         if move == "dress":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +48,7 @@ class SampleSettings(_Group):
     """How many samples of each split are used. None means all of them."""
 
     train: int | None = Field(default=4000, ge=1)
-    validation: int | None = Field(default=500, ge=1)
+    validation: int | None = Field(default=400, ge=1)
     test: int | None = Field(default=1000, ge=1)
     calibration: int = Field(default=512, ge=1)
 
@@ -102,9 +103,9 @@ class SearchSettings(_Group):
     student: SkipConfig = SkipConfig(adapter_dim=8)
     baseline: FineTuneConfig = FineTuneConfig(steps=120, learning_rate=1e-2)
     supernet: SupernetSettings = SupernetSettings()
-    trial: FineTuneConfig = FineTuneConfig(steps=10, learning_rate=2e-3)
-    final: FineTuneConfig = FineTuneConfig(steps=60, learning_rate=3e-3)
-    finalists: int = Field(default=8, ge=1)
+    trial: FineTuneConfig = FineTuneConfig(steps=8, learning_rate=3e-3)
+    final: FineTuneConfig = FineTuneConfig(steps=60, learning_rate=5e-3)
+    finalists: int = Field(default=10, ge=1)
     latency_batch: int = Field(default=8, ge=1)
     trial_latency: LatencyConfig = LatencyConfig.fast()
     final_latency: LatencyConfig = LatencyConfig()
@@ -114,7 +115,13 @@ class SearchSettings(_Group):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(one_line(error, "search settings")) from error
+            raise ConfigError(_unknown_key(error) or one_line(error, "search settings")) from error
+        odd = [dim for dim in self.space.pia_dims if dim < 0 or dim % self.student.groups]
+        if odd:
+            raise ConfigError(
+                f"search settings: space.pia_dims holds {odd[0]}; expected multiples of student.groups = "
+                f"{self.student.groups}"
+            )
 
     @field_validator("prefer")
     @classmethod
@@ -158,7 +165,7 @@ class SearchSettings(_Group):
             ) from error
         if content is not None and not isinstance(content, dict):
             raise ConfigError(f"study file {str(path)!r} holds a {type(content).__name__}; expected 'name: value' lines")
-        return cls(**{**(content or {}), **overrides})
+        return cls(**{**{str(key): value for key, value in (content or {}).items()}, **overrides})
 
     def fingerprint(self) -> str:
         """Digest of what must not change between the runs of one study.
@@ -168,3 +175,18 @@ class SearchSettings(_Group):
         free = {"budget", "jobs", "time_limit", "prefer"}
         fixed = self.model_dump(mode="json", exclude=free)
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _unknown_key(error: ValidationError) -> str | None:
+    """One line about the first setting that does not exist, with the nearest one that does."""
+    first = error.errors(include_url=False)[0]
+    if first["type"] != "extra_forbidden":
+        return None
+    *groups, key = map(str, first["loc"])
+    owner: Any = SearchSettings
+    for name in groups:
+        owner = owner.model_fields[name].annotation
+    known = list(owner.model_fields)
+    close = get_close_matches(key, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
+    return f"search settings: {'.'.join([*groups, key])} is not a setting; {hint}"

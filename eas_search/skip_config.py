@@ -87,8 +87,9 @@ class SkipConfig(BaseModel):
         path = Path(path)
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"skip configuration {str(path)!r} cannot be read: {error.strerror}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not a text file"
+            raise ConfigError(f"skip configuration {str(path)!r} cannot be read: {reason}; check the path") from error
         except ValidationError as error:
             raise ConfigError(one_line(error, f"skip configuration {str(path)!r}")) from error
 

@@ -45,8 +45,8 @@ def share_copy(model: Model) -> Model:
     memo: dict[int, Any] = {}
     for tensor in model.parameters():
         memo[id(tensor)] = nn.Parameter(tensor.detach(), requires_grad=False)
-    for tensor in model.buffers():
-        memo[id(tensor)] = tensor
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer
     return copy.deepcopy(model, memo)
 
 
@@ -68,10 +68,6 @@ def apply_skips(model: Model, config: SkipConfig) -> Model:
         raise ConfigError("the model is already a student; expected an original model: apply one configuration to it")
     sites = tuple(attention_sites(model))
     skipped = resolve_skip(config.skip, list(sites))
-    if config.pooling == "all" and any(site.causal for site in skipped):
-        raise ConfigError(
-            "pooling 'all' lets a decoder look ahead; expected 'prompt', 'prefix' or 'none' for causal sites"
-        )
     return _build(model, sites, skipped, config)
 
 
@@ -90,6 +86,11 @@ def _build(
     config: SkipConfig,
     supernet: bool = False,
 ) -> Model:
+    routed_adapters = config.adapter_dim > 0 and config.router == "routed"
+    if config.pooling == "all" and any(site.causal for site in (sites if routed_adapters else chosen)):
+        raise ConfigError(
+            "pooling 'all' lets a decoder look ahead; expected 'prompt', 'prefix' or 'none' for causal sites"
+        )
     student = share_copy(model)
     stacks: dict[str, list[AttentionSite]] = defaultdict(list)
     for site in sites:
@@ -107,7 +108,7 @@ def stack_pooling(config: SkipConfig, site: AttentionSite) -> Pooling:
     return config.pooling
 
 
-def _build_stack(  # noqa: PLR0913  (one call, all of it needed)
+def _build_stack(
     student: nn.Module,
     stack: str,
     members: list[AttentionSite],
@@ -145,13 +146,16 @@ def _build_stack(  # noqa: PLR0913  (one call, all of it needed)
     module.register_forward_hook(LeaveStack(context), always_call=True)
     if hasattr(student, "generate"):
         student.eas_context = context  # type: ignore[assignment]
-        student.generate = types.MethodType(_generate, student)
+        student.generate = types.MethodType(_generate, student)  # type: ignore[assignment]
 
 
 def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     """`generate` of the model's own class, with the prompt's length noted for passes that use no cache."""
     tokens = args[0] if args else kwargs.get("inputs_embeds", kwargs.get("input_ids", kwargs.get("inputs")))
     length = None if tokens is None else tokens.shape[1]
+    # A static cache makes `generate` compile the forward pass where it can; the hooks have not been proved under it.
+    if kwargs.get("generation_config") is None:
+        kwargs.setdefault("disable_compile", True)
     with self.eas_context.generating(length):
         return type(self).generate(self, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""The stages before the trials: the baseline, and the supernet with its redundancy scores. Each is done once and kept."""
+"""The stages before the trials: the baseline, and the supernet with its scores. Each is done once and kept."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ Report = Callable[[str, int, int], None]
 class Baseline:
     """The unmodified model on the task, and its adapter-only fine-tune (light adapters at every site, nothing skipped).
 
-    Accuracies are held-out (test), times of the timed batch in seconds.
+    `accuracy` is that of adapters trained for as many steps as a finalist's: a finalist has been through the baseline's
+    fine-tune, the supernet's and its own. Accuracies are held-out (test), times of the timed batch in seconds.
     """
 
     zero_shot_accuracy: float
@@ -92,25 +93,27 @@ def baseline_stage(bench: Workbench, folder: StageFolder, report: Report) -> tup
     """Score and time the original model, then fine-tune light adapters alone.
 
     Returns:
-        The figures, and the adapter-only student from which the supernet starts.
+        The figures, and the adapter-only student after the baseline's own steps, from which the supernet starts.
     """
     student = apply_skips(bench.model, unskipped(bench.settings))
     kept = folder.read("baseline")
     if kept is not None:
         load_adapters(student, kept[1])
         return Baseline(**kept[0]), student
-    begin = time.perf_counter()
-    steps = bench.settings.baseline.steps
+    begin, settings, train = time.perf_counter(), bench.settings, bench.splits["train"]
+    first, rest = settings.baseline, settings.supernet.training.steps + settings.final.steps
     zero_shot = correct_answers(bench.model, bench.splits["test"])
-    fine_tune(
-        student,
-        bench.splits["train"],
-        bench.settings.baseline,
-        bench.settings.seed,
-        before_step=lambda step, _: report("baseline", step + 1, steps),
-    )
+
+    def advance(step: int, _: nn.Module) -> None:
+        report("baseline", step + 1, first.steps + rest)
+
+    fine_tune(student, train, first, settings.seed, advance)
+    start = {name: parameter.detach().clone() for name, parameter in adapter_parameters(student).items()}
+    equal = settings.final.model_copy(update={"steps": rest})
+    fine_tune(student, train, equal, settings.seed + 1, lambda step, model: advance(first.steps + step, model))
     test = correct_answers(student, bench.splits["test"])
     validation = correct_answers(student, bench.splits["validation"])
+    load_adapters(student, start)
     inputs = bench.latency_inputs()
     timing = measure_latency(bench.model, inputs, baseline=bench.model, config=bench.settings.final_latency)
     accuracy, low, high = accuracy_interval(test)
@@ -178,7 +181,8 @@ def supernet_stage(
     if bench.settings.student.adapter_dim > 0:
         supernet.take_light_adapters(adapted)
     samples = bench.splits["train"].subset(bench.settings.samples.calibration)
-    explained = supernet.warm_start(calibrate(supernet.model, bench.sites, samples.batches(64), supernet.config.identity))
+    moments = calibrate(supernet.model, bench.sites, samples.batches(64), supernet.config.identity)
+    explained = supernet.warm_start(moments)
     redundancy = _train_jointly(bench, supernet, report)
     content = {
         "redundancy": redundancy,

@@ -6,12 +6,13 @@ Students inherit from it: smaller ranks are slices, kept sites take the light ad
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from eas_search.architectures import AttentionSite
-from eas_search.blocks import AdaptedNorm, SupernetBlock, skip_block
+from eas_search.blocks import AdaptedNorm, SupernetBlock
 from eas_search.exceptions import ConfigError
 from eas_search.pia import Pia, copy_slice
 from eas_search.skip_config import Placement, SkipConfig
@@ -86,11 +87,7 @@ class Supernet:
 
     def take_light_adapters(self, student: nn.Module) -> None:
         """Start the light adapters from those of a trained student that skips nothing."""
-        for site in self.sites:
-            mine, theirs = (
-                getattr(tree.get_submodule(site.block), site.pattern.norm1) for tree in (self.model, student)
-            )
-            mine.adapter.load_state_dict(theirs.adapter.state_dict())
+        _copy_light_adapters(student, self.model)
 
     def inherit(self, student: nn.Module) -> None:
         """Give a student made from the same model the weights of this supernet's adapters (copied)."""
@@ -100,7 +97,13 @@ class Supernet:
                 theirs = getattr(block, f"pia_{target}", None)
                 if theirs is not None:
                     copy_slice(pia, theirs)
-            norm, own = getattr(block, site.pattern.norm1), getattr(mine, site.pattern.norm1)
-            if isinstance(norm, AdaptedNorm) and isinstance(own, AdaptedNorm):
-                norm.adapter.load_state_dict(own.adapter.state_dict())
+        _copy_light_adapters(self.model, student)
+
+
+def _copy_light_adapters(source: Any, target: Any) -> None:
+    """Copy the light adapters of all sites that have one in both students, switchable or not."""
+    for site in source.eas.sites:
+        theirs, mine = (getattr(tree.get_submodule(site.block), site.pattern.norm1, None) for tree in (source, target))
+        if isinstance(theirs, AdaptedNorm) and isinstance(mine, AdaptedNorm):
+            mine.adapter.load_state_dict(theirs.adapter.state_dict())
 

@@ -42,8 +42,8 @@ class SiteMoments:
         self.count += features.shape[0]
         self.f = features.sum(0) if self.f is None else self.f + features.sum(0)
         self.ff = features.T @ features if self.ff is None else self.ff + features.T @ features
-        for name, target in targets.items():
-            target = target.double()
+        for name, values in targets.items():
+            target = values.double()
             self.y[name] = self.y.get(name, 0.0) + target.sum(0)
             self.fy[name] = self.fy.get(name, 0.0) + features.T @ target
             self.yy[name] = self.yy.get(name, 0.0) + float(target.pow(2).sum())
@@ -83,9 +83,7 @@ def calibrate(
 class _Recorder:
     """Hooks of one site: remembers x when the block starts and adds to the moments when its second norm is called."""
 
-    def __init__(
-        self, block: nn.Module, site: AttentionSite, moments: SiteMoments, identity: IdentityPath
-    ) -> None:
+    def __init__(self, block: nn.Module, site: AttentionSite, moments: SiteMoments, identity: IdentityPath) -> None:
         norm1 = getattr(block, site.pattern.norm1)
         # Each stack has its own context: that of a vision tower knows no prompt and pools over all its tokens.
         context = (norm1 if isinstance(norm1, AdaptedNorm) else block).eas_context
@@ -136,7 +134,8 @@ def write_closed_form(pia: Pia, moments: SiteMoments, target: str, ridge: float 
     Returns:
         R², the share of the target's variance that the full-rank regression on these features explains.
     """
-    assert moments.f is not None and moments.ff is not None, "no calibration sample reached this site"
+    assert moments.f is not None, "no calibration sample reached this site"
+    assert moments.ff is not None
     n, width, groups = moments.count, pia.shape.width, pia.shape.groups
     mean_f, mean_y = moments.f / n, moments.y[target] / n
     cov = moments.ff / n - torch.outer(mean_f, mean_f)
@@ -156,7 +155,7 @@ def write_closed_form(pia: Pia, moments: SiteMoments, target: str, ridge: float 
     if pia.pool is not None and bottleneck.shape[1] > width:
         pia.pool.weight.copy_(bottleneck[:, width:])
         pia.pool.bias.zero_()
-    for expert in pia.ups:
+    for expert in pia.experts():
         expert.weight.copy_(up)
         expert.bias.copy_(mean_y / pia.shape.scale)
     variance = moments.yy[target] / n - float(mean_y.pow(2).sum())

@@ -40,7 +40,7 @@ class Workbench:
     processor: Any
     sites: tuple[AttentionSite, ...]
     all_sites: tuple[AttentionSite, ...]
-    splits: dict[str, Any]
+    splits: dict[Split, Any]
     quiet: QuietLock
 
     @classmethod

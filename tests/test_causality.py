@@ -59,9 +59,7 @@ def test_an_answer_token_changes_no_earlier_logit(student: Any, tokens: Tensor, 
         assert (before[:, position:] - after[:, position:]).abs().amax(dim=(1, 2)).min() > 1e-3
 
 
-def test_prefix_and_none_never_look_ahead_and_prompt_does_only_within_the_prompt(
-    student: Any, tokens: Tensor
-) -> None:
+def test_prefix_and_none_never_look_ahead_and_prompt_does_only_within_the_prompt(student: Any, tokens: Tensor) -> None:
     looks = student.eas.config.pooling == "prompt"
     mask = (torch.arange(TOTAL) < PROMPT).expand(len(tokens), -1)
     for position in range(TOTAL):
@@ -96,9 +94,7 @@ def test_padding_on_the_left_equals_the_bare_row(student: Any, tokens: Tensor) -
 
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["boolean", "additive"])
-def test_a_four_dimensional_mask_means_the_same_as_its_row_of_padding(
-    student: Any, tokens: Tensor, form: str
-) -> None:
+def test_a_four_dimensional_mask_means_the_same_as_its_row_of_padding(student: Any, tokens: Tensor, form: str) -> None:
     real = torch.ones_like(tokens, dtype=torch.bool)
     real[1, :4] = False
     square = torch.ones(TOTAL, TOTAL, dtype=torch.bool).tril() & real[:, None, None, :]

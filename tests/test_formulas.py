@@ -1,7 +1,7 @@
 """Skipped and merged blocks against the formulas themselves, written out in numpy and double precision.
 
-Nothing of the package computes here: the weights are read by name, the rest is arXiv 2403.15226 and, for `parallel`, its
-two heads.
+Nothing of the package computes here: the weights are read by name, the rest is arXiv 2403.15226 and, for `parallel`,
+its two heads.
 """
 
 from __future__ import annotations
@@ -160,7 +160,10 @@ def test_a_block_computes_its_formula_before_and_after_the_merge(
 
 def static_parts(block: Any) -> tuple[dict[str, Array], dict[str, Array], dict[str, tuple[Array, Array]]]:
     w = weights_of(block)
-    pias = {n: {k.removeprefix(f"pia_{n}."): v for k, v in w.items() if k.startswith(f"pia_{n}.")} for n in ("ffn", "stream")}
+    pias = {
+        n: {k.removeprefix(f"pia_{n}."): v for k, v in w.items() if k.startswith(f"pia_{n}.")}
+        for n in ("ffn", "stream")
+    }
     ups = {}
     for name, own in pias.items():
         logits = own["router_bias"] / TEMPERATURE
@@ -193,9 +196,7 @@ def test_the_weights_of_a_merged_gated_ffn(llama: Any, randomise: Callable[..., 
     assert abs(float(silu(np.array(BETA))) - 1) < 1e-15
 
 
-def test_the_weights_of_a_merged_plain_ffn(
-    build_clip: Callable[..., Any], randomise: Callable[..., nn.Module]
-) -> None:
+def test_the_weights_of_a_merged_plain_ffn(build_clip: Callable[..., Any], randomise: Callable[..., nn.Module]) -> None:
     """Two neurons ±(C x̂ + c) with down columns ±B are the linear map, because act(v) − act(−v) = v."""
     config = SkipConfig(skip=(1,), pia_dim=RANK, pooling="none", scale=SCALE, temperature=TEMPERATURE)
     student = randomise(apply_skips(build_clip().double(), config).double())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -11,11 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from eas_search.exceptions import ConfigError
+from eas_search.merging import merge
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import apply_skips
 
 PROMPT, LAYERS = 6, 4
-SKIP_SETS: dict[str, tuple[int, ...]] = {"first": (0,), "some": (1, 3), "first and last": (0, 3), "all": (0, 1, 2, 3), "none": ()}
+SKIP_SETS: dict[str, tuple[int, ...]] = {
+    "first": (0,),
+    "some": (1, 3),
+    "first and last": (0, 3),
+    "all": (0, 1, 2, 3),
+    "none": (),
+}
+LOOKUP = {"prompt_lookup_num_tokens": 3}
 POOLINGS = list(product(["prompt", "prefix", "none"], ["static", "routed"]))
 
 
@@ -159,10 +168,62 @@ def test_a_cache_of_a_model_with_other_skips_is_refused(
 
 
 @torch.no_grad()
-def test_a_cache_of_a_student_is_refused_by_the_original(make: Callable[..., Any], llama: Any, tokens: Tensor) -> None:
-    cache = make((0, 2))(tokens, use_cache=True).past_key_values
-    with pytest.raises(ConfigError, match="start the generation anew"):
-        llama(tokens[:, :1], past_key_values=cache)
+def test_a_cache_of_a_student_is_refused_by_every_other_model(
+    make: Callable[..., Any], llama: Any, tokens: Tensor
+) -> None:
+    """Also by its own merged form, which keeps other means at the same sites."""
+    student = make((0, 2))
+    for other in (llama, merge(student), copy.deepcopy(student), make((0, 2))):
+        cache = student(tokens, use_cache=True).past_key_values
+        with pytest.raises(ConfigError, match="start the generation anew"):
+            other(tokens[:, :1], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_copied_cache_continues_like_its_original(make: Callable[..., Any], tokens: Tensor) -> None:
+    """The usual way to share a prompt: copy its cache for every continuation."""
+    student = make((0, 2))
+    cache = student(tokens[:, :PROMPT], use_cache=True).past_key_values
+    twin = copy.deepcopy(cache)
+    first, second = (student(tokens[:, PROMPT:8], past_key_values=one).logits for one in (cache, twin))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("pooling", ["prompt", "none"])
+def test_candidate_decoding_gives_the_greedy_tokens(make: Callable[..., Any], tokens: Tensor, pooling: str) -> None:
+    student = make((0, 2), pooling=pooling)
+    found = [student.generate(tokens[:1], max_new_tokens=12, do_sample=False, **how) for how in ({}, LOOKUP)]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "how", "says"),
+    [("prefix", LOOKUP, "expected plain decoding"), ("prompt", {"prefill_chunk_size": 4}, "in one piece")],
+)
+def test_what_a_pooling_cannot_do_is_refused(
+    make: Callable[..., Any], tokens: Tensor, pooling: str, how: dict[str, int], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        make((0, 2), pooling=pooling).generate(tokens[:1], max_new_tokens=12, do_sample=False, **how)
+    assert "\n" not in str(caught.value)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", ["prompt", "prefix", "none"])
+@pytest.mark.parametrize("skip", [(), (1,)], ids=str)
+def test_a_cache_says_whether_it_can_take_back_tokens(
+    make: Callable[..., Any], tokens: Tensor, pooling: str, skip: tuple[int, ...]
+) -> None:
+    cache = make(skip, pooling=pooling)(tokens, use_cache=True).past_key_values
+    assert cache.is_croppable == (pooling != "prefix")
+
+
+@pytest.mark.parametrize("pooling", ["prefix", "none"])
+def test_a_prompt_in_chunks_gives_the_same_tokens(make: Callable[..., Any], tokens: Tensor, pooling: str) -> None:
+    student = make((0, 2), pooling=pooling)
+    how: list[dict[str, int]] = [{}, {"prefill_chunk_size": 4}]
+    found = [student.generate(tokens, max_new_tokens=8, do_sample=False, **one) for one in how]
+    assert torch.equal(*found)
 
 
 @torch.no_grad()

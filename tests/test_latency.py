@@ -107,7 +107,7 @@ def test_interval_covers_a_repeated_measurement(rounds: int, blocks: int) -> Non
     inside = inside_bootstrap = 0
     for index in range(400):
         first, again = (_simulated(rng, rounds, blocks, process_sd=0.005) for _ in range(2))
-        low, high = repeat_interval(first, 0.95, LatencyConfig().process_sd)
+        low, high = repeat_interval(first, 0.95, process_sd=0.0075)
         inside += low <= log_estimate(again) <= high
         low, high = bootstrap_interval(first, 0.95, seed=index, resamples=200)
         inside_bootstrap += low <= log_estimate(again) <= high
@@ -128,6 +128,18 @@ def test_timing_percentiles_and_ratio() -> None:
     assert (ratio.estimate, ratio.speedup) == (pytest.approx(0.5), pytest.approx(2.0))
     assert ratio.contains(ratio.estimate)
     assert not ratio.contains(0.51)
+
+
+def test_agreement_counts_both_intervals() -> None:
+    def ratio(estimate: float, width: float) -> Ratio:
+        return Ratio(estimate, estimate / width, estimate * width, (estimate, estimate), 0.95)
+
+    assert ratio(0.8, 1.05).agrees_with(ratio(0.83, 1.05))
+    assert not ratio(0.8, 1.05).agrees_with(ratio(0.85, 1.05))
+    precise, vague = ratio(0.8, 1.01), ratio(0.9, 1.3)
+    assert not precise.contains(vague.estimate)
+    assert precise.agrees_with(vague)
+    assert vague.agrees_with(precise)
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,8 @@ def test_merged_llama_equals_the_student(
     student = randomise(apply_skips(llama, config))
     merged = merge(student)
     prompt, tail = tokens[:, :PROMPT], torch.ones(4, 2, dtype=torch.long)
-    for rows, mask in ((1, torch.ones_like(prompt)), (4, padded("left")), (4, padded("right"))):
-        mask, outputs = mask[:rows], []
+    for rows, padding in ((1, torch.ones_like(prompt)), (4, padded("left")), (4, padded("right"))):
+        mask, outputs = padding[:rows], []
         both = torch.cat([mask, tail[:rows]], dim=1)
         for model in (student, merged):
             first = model(input_ids=prompt[:rows], attention_mask=mask, use_cache=True)
@@ -202,7 +202,7 @@ def test_verify_merge_refuses_a_model_that_differs(
     assert student.training  # the mode is given back
     with torch.no_grad():
         merged.model.layers[0].mlp.down_proj.bias += damage
-    with pytest.raises(VerificationError, match="logits differs by .* expected at most 0.0001") as caught:
+    with pytest.raises(VerificationError, match=r"logits differs by .* expected at most 0\.0001") as caught:
         verify_merge(student, merged, {"input_ids": tokens})
     assert "\n" not in str(caught.value)
     assert caught.value.report.tolerance == 1e-4
@@ -219,7 +219,12 @@ def test_only_an_unmerged_student_merges(llama: Any) -> None:
 
 @pytest.mark.parametrize(("act", "gated"), [("tanh", False), ("leaky_relu", False), ("sigmoid", True), ("tanh", True)])
 def test_an_activation_without_linear_neurons_is_refused_where_they_are_needed(
-    build_clip: Callable[..., Any], build_llama: Callable[..., Any], pixels: Tensor, tokens: Tensor, act: str, gated: bool
+    build_clip: Callable[..., Any],
+    build_llama: Callable[..., Any],
+    pixels: Tensor,
+    tokens: Tensor,
+    act: str,
+    gated: bool,
 ) -> None:
     model, inputs = (
         (build_llama(hidden_act=act), {"input_ids": tokens})

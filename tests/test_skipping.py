@@ -63,6 +63,7 @@ def test_the_callers_model_is_untouched(
     model, inputs = case
     before = copy.deepcopy(model.state_dict())
     tree, flags = repr(model), [p.requires_grad for p in model.parameters()]
+    assert all(flags)  # no test before this one has frozen the shared model
     output = first_output(model, inputs)
     config = SkipConfig(skip=(0, 1), pia_dim=4, placement=placement, pooling=pooling_of(model), adapter_dim=4)
     if config.pooling == "prompt":  # the stack with a loss: train it a little
@@ -161,6 +162,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(
         ({"skip": ("model.layers.0.mlp",)}, "a name like 'model.layers.0.self_attn'"),
         ({"skip": (1, 1)}, "names a site twice; name each site once"),
         ({"skip": (1,), "pooling": "all"}, "expected 'prompt', 'prefix' or 'none'"),
+        ({"adapter_dim": 4, "router": "routed", "pooling": "all"}, "expected 'prompt', 'prefix' or 'none'"),
         ({"pia_dim": 5}, "expected a multiple of groups = 2"),
         ({"skip": (1,), "pia_dim": 6, "adapter_dim": 0, "groups": 3}, "expected a divisor of the model's width 32"),
         ({"pia_dim": 0, "adapter_dim": 6, "groups": 3}, "expected a divisor of the model's width 32"),

@@ -119,14 +119,23 @@ def test_it_takes_the_light_adapters_of_a_trained_student(
     assert torch.equal(logits(supernet.model, tokens), logits(adapted, tokens))
 
 
+@pytest.mark.parametrize("adapters", [0, 4])
 def test_sites_that_cannot_be_switched_are_left_alone(
-    llama: Any, tokens: Tensor, randomise: Callable[..., nn.Module]
+    llama: Any, tokens: Tensor, randomise: Callable[..., nn.Module], adapters: int
 ) -> None:
-    supernet = supernet_of(llama, randomise, sites=slice(1, 3))
+    supernet = supernet_of(llama, randomise, sites=slice(1, 3), adapter_dim=adapters)
     supernet.set_skips((1,))
     student = apply_skips(llama, supernet.config.model_copy(update={"skip": (1,)})).eval()
     supernet.inherit(student)
     assert torch.equal(logits(student, tokens), logits(supernet.model, tokens))
+
+
+@torch.no_grad()
+def test_it_refuses_to_decode_while_skipping(llama: Any, tokens: Tensor) -> None:
+    supernet = Supernet(llama, attention_sites(llama), SkipConfig(pia_dim=4))
+    supernet.set_skips((1,))
+    with pytest.raises(ConfigError, match="expected use_cache=False"):
+        supernet.model(input_ids=tokens, use_cache=True)
 
 
 def test_it_starts_with_nothing_skipped(llama: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ Array = np.ndarray
 
 
 def sample(noise: float = 0.3) -> tuple[Tensor, Tensor]:
-    """16 sequences of 12 tokens, and targets that depend on each token and on its sequence's mean, not only linearly."""
+    """16 sequences of 12 tokens, and targets that depend on each token and on its sequence's mean, with noise."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(16, 12, WIDTH, generator=generator, dtype=torch.float64) + 0.5
     own, pooled = (torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -122,11 +121,7 @@ def batches_of(rows: int = 24, prompt: int = 6) -> list[dict[str, Tensor]]:
 
 @pytest.mark.parametrize("placement", ["residual", "parallel"])
 def test_a_linear_attention_is_replaced_without_loss(llama: Any, placement: str) -> None:
-    """Residual stream after its block, on prompt tokens: 1e-3 of values of size 5, the ridge being 1e-6 of the features.
-
-    `parallel` corrects the FFN's input in its first order only, so only its stream target is exact: the test looks at
-    what it adds to the stream.
-    """
+    """What the PIA adds to the stream is what the attention added; 1e-3, the ridge being 1e-6 of the features."""
     model, batches = copy.deepcopy(llama), batches_of()
     block = model.model.layers[1]
     block.self_attn = MeanAttention(block.self_attn, prompt=6)

@@ -62,7 +62,8 @@ class TimedModel:
         return (self._now() - start) / repeats, output
 
     def time_decode(self, output: Any, repeats: int) -> float:
-        """Seconds per step of `decode_tokens` greedy steps; the first repeat uses `output`'s cache, others new ones.
+        """Seconds per step of `decode_tokens` greedy steps; the first repeat uses `output`'s cache, others
+        new ones.
 
         A step costs more the longer the cache is, so a longer sample comes from more prefills (not timed
         here) and never from more steps.

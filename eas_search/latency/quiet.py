@@ -35,7 +35,8 @@ class QuietLock:
         with quiet.exclusive():
             measure_latency(...)
 
-    Keep the shared sections short: a measurement waits for the longest of them.  Do not fork while holding the
+    Keep the shared sections short: a measurement waits for the longest of them.  Do not fork while holding
+        the
     lock: the child would keep it after a crash of the parent.
 
     Args:

@@ -34,8 +34,8 @@ def log_estimate(log_ratios: FloatArray) -> FloatArray:
     """The quarter-trimmed mean over rounds of each round's median.  Shape (…, rounds, blocks) to (…).
 
     The median forgives a disturbed block, the trimming a disturbed round.  On recorded timings it halved the
-    spread between processes that the plain mean over rounds has, and brought the interval's coverage from
-    .90 to .97.
+    spread that estimates have with the plain mean over rounds, and raised the interval's coverage from .90
+    to .96.
     """
     centres = np.sort(np.median(log_ratios, axis=-1), axis=-1)
     rounds = centres.shape[-1]
@@ -53,16 +53,17 @@ def repeat_interval(log_ratios: FloatArray, confidence: float, process_sd: float
 
     Of R rounds h are left after trimming, and s_w is the standard deviation of the winsorised round medians
     (those trimmed are set to the nearest that is left).  This estimate and the repeated one both have the
-    variance s² = s_w² (R - 1) / (h (h - 1)) from rounds and blocks, and process_sd² from what is fixed for
-    the life of a process:
+    variance s² = s_w² (R - 1) / (h (h - 1)) from rounds and blocks, and process_sd² from what is the
+    same throughout a run, such as the process and how busy the machine is:
 
         half width = sqrt( t² · 2 s²  +  z² · 2 process_sd² )
 
     with t and z the quantiles of Student's distribution (h - 1 degrees of freedom) and the normal one.  The
     repeated measurement is taken to be of the same size; one that is smaller scatters more than the interval
-    allows for. An interval for the estimate's own error (`bootstrap_interval`) is narrower by √2 at least,
-    and what is measured again falls outside it far more often than 1 time in 20: `studies/bench_latency_aa`
-    counts both.
+    allows for, and so does one on a busier machine: `process_sd` has to make up for it.
+
+    An interval for the estimate's own error (`bootstrap_interval`) is narrower by about √2, and what is measured
+    again falls outside it far more often than 1 time in 20: `studies/bench_latency_aa` counts both.
 
     Sources: Yuen, The two-sample trimmed t for unequal population variances, Biometrika 61, 1974 (variance);
     Hahn and Meeker, Statistical Intervals, 1991, chapter 4 (interval of a future mean).
@@ -70,7 +71,7 @@ def repeat_interval(log_ratios: FloatArray, confidence: float, process_sd: float
     Args:
         log_ratios: shape (rounds, blocks), at least two rounds.
         confidence: in (0, 1).
-        process_sd: standard deviation of the log ratio between processes that rounds within one do not show.
+        process_sd: standard deviation of the log ratio between runs that the rounds within one do not show.
 
     Raises:
         ValueError: fewer than two rounds.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,16 @@ class Ratio:
     def contains(self, ratio: float) -> bool:
         """Whether a ratio, such as the estimate of a repeated measurement, lies in [low, high]."""
         return self.low <= ratio <= self.high
+
+    def agrees_with(self, other: Ratio) -> bool:
+        """Whether two measurements of the same pair of models differ by no more than both intervals explain.
+
+        Unlike `contains` it is fair to a repetition that was less thorough or on a busier machine: half
+        widths h of the log ratios count as |log difference| ≤ sqrt((h1² + h2²) / 2), which is h when they
+        are equal.
+        """
+        halves = [math.log(ratio.high / ratio.low) / 2 for ratio in (self, other)]
+        return abs(math.log(self.estimate / other.estimate)) <= math.hypot(*halves) / 2**0.5
 
     def to_dict(self) -> dict[str, Any]:
         """Every field and the speedup, for JSON."""

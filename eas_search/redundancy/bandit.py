@@ -76,7 +76,11 @@ class EasBandit:
 
 
 def _log_choose(n: int, k: int) -> Tensor:
-    return torch.lgamma(torch.tensor(n + 1.0)) - torch.lgamma(torch.tensor(k + 1.0)) - torch.lgamma(torch.tensor(n - k + 1.0))
+    return (
+        torch.lgamma(torch.tensor(n + 1.0))
+        - torch.lgamma(torch.tensor(k + 1.0))
+        - torch.lgamma(torch.tensor(n - k + 1.0))
+    )
 
 
 def bandit_step(

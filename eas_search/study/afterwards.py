@@ -61,9 +61,7 @@ def rewrite_report(run: Path, storage: str | None = None) -> Path:
         {"index": index, "name": name, "tower": tower, "redundancy": score}
         for (index, tower), name, score in zip(record[0]["places"], names, scores, strict=True)
     ]
-    trials = trials_frame(study).assign(skip_names=lambda frame: [
-        tuple(name for row in rows for name in [row["name"]] if row["index"] in skip) for skip in frame["skip"]
-    ])
+    trials = trials_frame(study, {row["index"]: row["name"] for row in rows})
     outputs.write_trials(trials, run / "trials.csv")
     for column in ("skip", "skip_names"):
         front[column] = [tuple(value) for value in front[column]]
@@ -94,7 +92,7 @@ def export_trial(run: Path, number: int | None, output: Path | None, storage: st
         config = SkipConfig(**done[number].user_attrs["config"])
         finalist = prepare_finalist(bench, supernet, stages, number, config)
         figures = measure_finalists(bench, [finalist], stages)
-        row = front_frame([finalist], figures, bench.sites).iloc[0].to_dict()
+        row = {str(key): value for key, value in front_frame([finalist], figures, bench.sites).iloc[0].items()}
         outputs.write_export(bench, finalist, row, baseline, folder)
     return folder
 

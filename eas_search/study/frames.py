@@ -35,9 +35,12 @@ TRIAL_COLUMNS = (
 )
 
 
-def trials_frame(study: Study, sites: Sequence[AttentionSite] = ()) -> pd.DataFrame:
-    """One row per trial that is finished (COMPLETE or FAIL); figures of failed trials are NaN."""
-    names = {site.index: site.name for site in sites}
+def trials_frame(study: Study, names: Mapping[int, str] | None = None) -> pd.DataFrame:
+    """One row per trial that is finished (COMPLETE or FAIL); figures of failed trials are NaN.
+
+    `names` are the sites' names by index, for the column `skip_names`.
+    """
+    names = names or {}
     rows = []
     for trial in study.get_trials(deepcopy=False):
         if not trial.state.is_finished():

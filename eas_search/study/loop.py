@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from eas_search.skip_config import SkipConfig
 from eas_search.study.storage import owner
 
 MAX_FAILURES_IN_A_ROW = 3
+MAX_WORKERS_LOST = 2  # by one configuration, before it counts as a failure
 Evaluate = Callable[[SkipConfig], TrialResult]
 
 
@@ -51,6 +53,7 @@ class TrialLoop:
     on_result: Callable[[int, SkipConfig, TrialResult], None]
     deadline: float | None = None
     failures: int = 0
+    lost: Counter[SkipConfig] = field(default_factory=Counter)
 
     def completed(self) -> list[FrozenTrial]:
         """The completed trials so far."""
@@ -107,13 +110,20 @@ class TrialLoop:
             if not all(math.isfinite(value) for value in (result.accuracy, result.latency)):
                 raise ValueError(f"accuracy {result.accuracy}, latency {result.latency}: not finite")
         except Exception as error:  # whatever a model can raise: the trial fails, the search goes on
-            trial.set_user_attr("error", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            if isinstance(error, BrokenExecutor) and self.lost[config] < MAX_WORKERS_LOST:
+                # A killed worker takes the evaluations of all others with it; they are not to blame.
+                self.lost[config] += 1
+                self.study.tell(trial, state=TrialState.FAIL)
+                self.study.enqueue_trial(trial.params, user_attrs={"origin": trial.user_attrs["origin"]})
+                return False
+            cause = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            trial.set_user_attr("error", cause)
             self.study.tell(trial, state=TrialState.FAIL)
             self.failures += 1
             if self.failures >= MAX_FAILURES_IN_A_ROW:
                 raise TooManyFailures(
-                    f"{self.failures} trials in a row failed, the last one with {type(error).__name__}: {error}; expected "
-                    "them to finish: run again with --debug for the traceback; finished trials are kept"
+                    f"{self.failures} trials in a row failed, the last one with {cause}; expected them to finish: run again "
+                    "with --debug for the traceback; finished trials are kept"
                 ) from error
             return False
         self.failures = 0
@@ -153,27 +163,28 @@ def evaluate_in_worker(settings: SearchSettings, folder: Path, config: SkipConfi
     if key not in _bench:
         set_threads(settings.jobs)
         bench = Workbench.open(settings, folder)
-        _bench[key] = (bench, *supernet_stage(bench, StageFolder(folder), None, lambda *_: None))
-    return evaluate(*_bench[key], config)
+        _bench[key] = (bench, *supernet_stage(bench, StageFolder(folder / "stages"), None, lambda *_: None))
+    bench, supernet, redundancy = _bench[key]
+    return evaluate(bench, supernet, redundancy, config)
 
 
 @contextmanager
 def run_in_workers(settings: SearchSettings, folder: Path):  # type: ignore[no-untyped-def]
-    """A submit function over `settings.jobs` loky processes; a killed worker costs its own trial only."""
+    """A submit function over `settings.jobs` loky processes; what a killed worker was doing is queued again."""
     from joblib.externals.loky import get_reusable_executor
 
-    executor = get_reusable_executor(max_workers=settings.jobs, timeout=600)
+    def workers() -> Any:
+        # After a worker was killed loky's executor is broken; asking again gives a new one. Other arguments than before
+        # would do so too, after waiting for all that is under way.
+        return get_reusable_executor(max_workers=settings.jobs, timeout=600)
 
     def submit(config: SkipConfig) -> Future[TrialResult]:
-        # After a worker was killed loky's executor is broken; asking again gives a new one.
-        fresh = get_reusable_executor(max_workers=settings.jobs, timeout=600)
-        return fresh.submit(evaluate_in_worker, settings, folder, config)
+        return workers().submit(evaluate_in_worker, settings, folder, config)
 
     try:
         yield submit
     finally:
-        del executor
-        get_reusable_executor(max_workers=settings.jobs).shutdown(wait=False, kill_workers=True)
+        workers().shutdown(wait=False, kill_workers=True)
 
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

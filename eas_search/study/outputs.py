@@ -164,8 +164,8 @@ def write_export(
         "versions": versions(),
         "seed": bench.settings.seed,
     }
-    skipped = finalist.merged.eas.skipped  # type: ignore[union-attr, operator]
-    card = model_card(facts, [site.name for site in skipped], len(bench.sites), finalist.config)
+    merged: Any = finalist.merged
+    card = model_card(facts, [site.name for site in merged.eas.skipped], len(bench.sites), finalist.config)
     save_pretrained(finalist.merged, folder, bench.processor, card, facts)
     prompts = bench.splits["validation"].prompts(4)
     write_reference(folder, finalist.student, prompts)

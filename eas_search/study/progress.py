@@ -51,6 +51,7 @@ class PlainDisplay:
     console: Console
     started: float = field(default_factory=time.monotonic)
     _last: float = 0.0
+    _first_trial: tuple[float, int] | None = None
 
     def _say(self, text: str) -> None:
         self.console.print(f"[{time.monotonic() - self.started:6.1f} s] {text}", markup=False, highlight=False, soft_wrap=True)
@@ -68,10 +69,14 @@ class PlainDisplay:
 
     def trial(self, news: TrialNews) -> None:
         """See `Display`."""
-        left = (time.monotonic() - self.started) / max(1, news.done) * (news.budget - news.done)
+        now = time.monotonic()
+        begin, before = self._first_trial = self._first_trial or (now, news.done)
+        left = ""
+        if news.done > before:
+            left = f" | {(now - begin) / (news.done - before) * (news.budget - news.done):.0f} s left"
         self._say(
             f"trial {news.done}/{news.budget}: {news.skipped} of {news.sites} skipped, accuracy {news.accuracy:.3f}, "
-            f"{1 / news.latency:.2f}× | front {news.front} | best {news.best} | about {left:.0f} s left"
+            f"{1 / news.latency:.2f}× | front {news.front} | best {news.best}{left}"
         )
 
     def note(self, text: str) -> None:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,6 @@ class _Search:
     settings: SearchSettings
     folder: Path
     display: Display
-    wall_clock: dict[str, float] = field(default_factory=dict)
     sites: int = 0
 
     def run(self) -> SearchResult:
@@ -103,7 +102,7 @@ class _Search:
             self.sites = len(bench.sites)
         stages = StageFolder(self.folder / "stages")
         with self._timed("baseline"):
-            self.display.stage("Baseline: scoring, timing and adapter-only fine-tune of the unmodified model")
+            self.display.stage("Baseline: score, adapter-only fine-tune and latency of the unmodified model")
             baseline, adapted = baseline_stage(bench, stages, self.display.step)
             self.display.note(
                 f"Baseline: accuracy {baseline.zero_shot_accuracy:.3f} before, {baseline.accuracy:.3f} after adapter-only "
@@ -122,9 +121,14 @@ class _Search:
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
+        """Seconds of a stage, added to those of earlier runs of this study, also when the stage is interrupted."""
         begin = time.perf_counter()
-        yield
-        self.wall_clock[stage] = round(time.perf_counter() - begin, 3)
+        try:
+            yield
+        finally:
+            wall_clock = dict(self.study.user_attrs.get("wall_clock", {}))
+            wall_clock[stage] = round(wall_clock.get(stage, 0.0) + time.perf_counter() - begin, 3)
+            self.study.set_user_attr("wall_clock", wall_clock)
 
     def _trials(
         self, bench: Workbench, supernet: Supernet, redundancy: list[float], deadline: float | None
@@ -151,7 +155,7 @@ class _Search:
         done = trials_frame(self.study)
         done = done[done["state"] == "COMPLETE"]
         accuracy, latency = done["accuracy"].astype(float), done["latency"].astype(float)
-        best = accuracy.idxmax()
+        best = int(accuracy.to_numpy().argmax())
         self.display.trial(
             TrialNews(
                 done=len(done),
@@ -162,14 +166,14 @@ class _Search:
                 accuracy=result.accuracy,
                 latency=result.latency,
                 front=int(non_dominated(accuracy.to_numpy(), latency.to_numpy()).sum()),
-                best=f"{accuracy[best]:.3f} at {1 / latency[best]:.2f}×",
+                best=f"{accuracy.iloc[best]:.3f} at {1 / latency.iloc[best]:.2f}×",
             )
         )
 
     def _finalists(
         self, bench: Workbench, supernet: Supernet, stages: StageFolder
     ) -> tuple[list[Finalist], pd.DataFrame]:
-        trials = trials_frame(self.study, bench.sites)
+        trials = trials_frame(self.study, {site.index: site.name for site in bench.sites})
         # A configuration proposed twice has one result; it must not take two places.
         done = trials[trials["state"] == "COMPLETE"].drop_duplicates(subset=["skip", "pia_dim", "placement"])
         if done.empty:
@@ -196,18 +200,18 @@ class _Search:
         front: pd.DataFrame,
         completed: int,
     ) -> SearchResult:
-        folder, begin = self.folder, time.perf_counter()
-        trials = trials_frame(self.study, bench.sites)
+        folder = self.folder
+        trials = trials_frame(self.study, {site.index: site.name for site in bench.sites})
         outputs.write_trials(trials, folder / "trials.csv")
         outputs.write_text(folder / "pareto.json", outputs.to_json(front.to_dict("records")))
         front = mark_chosen(front, self.settings.prefer, baseline.validation_accuracy)
         outputs.write_text(folder / "pareto.json", outputs.to_json(front.to_dict("records")))
-        row = front[front["chosen"]].iloc[0].to_dict()
+        row = {str(key): value for key, value in front[front["chosen"]].iloc[0].items()}
         outputs.write_text(folder / "best.json", outputs.to_json(row))
         finalist = next(f for f in finalists if f.number == row["number"])
         self.display.stage("Export: merged model, reloaded and compared with the trained one")
-        outputs.write_export(bench, finalist, row, baseline, folder / "export")
-        self.wall_clock["export"] = round(time.perf_counter() - begin, 3)
+        with self._timed("export"):
+            outputs.write_export(bench, finalist, row, baseline, folder / "export")
         summary = self._summary(bench, baseline, front, completed)
         outputs.write_text(folder / "summary.json", outputs.to_json(summary))
         page = PageData(
@@ -225,10 +229,6 @@ class _Search:
     def _summary(
         self, bench: Workbench, baseline: Baseline, front: pd.DataFrame, completed: int
     ) -> dict[str, Any]:
-        earlier = self.study.user_attrs.get("wall_clock", {})
-        # A resumed run adds the time of its trials to that of the runs before it.
-        total = {stage: round(earlier.get(stage, 0.0) + seconds, 3) for stage, seconds in self.wall_clock.items()}
-        self.study.set_user_attr("wall_clock", total)
         chosen = front[front["chosen"]].iloc[0]
         return {
             "study_name": self.study.study_name,
@@ -241,7 +241,7 @@ class _Search:
             "baseline": outputs.page_baseline(baseline),
             "front": [int(number) for number in front[front["on_front"]]["number"]],
             "chosen": int(chosen["number"]),
-            "wall_clock": total,
+            "wall_clock": self.study.user_attrs["wall_clock"],
             "versions": outputs.versions(),
             "hardware": bench.hardware,
             "conditions": outputs.conditions(bench),

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import filelock
 import optuna
@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from eas_search.exceptions import ConfigError, StorageError
 from eas_search.settings import SearchSettings
 
-DIRECTIONS = ("maximize", "minimize")
+DIRECTIONS: tuple[Literal["maximize"], Literal["minimize"]] = ("maximize", "minimize")
 METRICS = ("accuracy", "latency")
 
 
@@ -89,14 +89,17 @@ def _check_sqlite(path: Path) -> None:
         connection = sqlite3.connect(f"file:{path}?mode=rw", uri=True)
         try:
             result = connection.execute("PRAGMA quick_check").fetchone()[0]
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if result == "ok" and tables and "studies" not in tables:
+                result = "it holds no studies"
         finally:
             connection.close()
     except sqlite3.DatabaseError as error:
         result = str(error)
     if result != "ok":
         raise StorageError(
-            f"study storage {str(path)!r} is damaged ({result}); expected an Optuna SQLite file: restore a copy, or move "
-            "it away to start anew. Nothing was changed"
+            f"study storage {str(path)!r} is damaged or not Optuna's ({result}); expected an Optuna SQLite file: restore a "
+            "copy, or move it away to start anew. Nothing was changed"
         )
 
 
@@ -169,13 +172,15 @@ def reap(study: Study) -> int:
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     for trial in running:
         who = trial.user_attrs.get("owner")
-        if _alive(who) and who != owner():
+        if who is not None and _alive(who) and who != owner():
             raise ConfigError(
                 f"study {study.study_name!r} is being written by process {who['pid']}; expected to be its only writer: "
                 "wait for it, or choose another --study-name"
             )
     for trial in running:
         study.tell(trial.number, state=TrialState.FAIL)
-        if trial.params:
-            study.enqueue_trial(trial.params, user_attrs={"origin": trial.user_attrs.get("origin", "resumed")})
+        # A queued trial may have died before all its parameters were set.
+        params = trial.system_attrs.get("fixed_params") or trial.params
+        if params:
+            study.enqueue_trial(params, user_attrs={"origin": trial.user_attrs.get("origin", "resumed")})
     return len(running)

@@ -52,7 +52,7 @@ class Family:
 
 
 PLAIN = Wording(("top", "bottom"), ("left", "right"), COLOURS)
-SHIFTED = Wording(("upper", "lower"), ("left", "right"), ("crimson", "emerald", "azure", "golden"))
+SHIFTED = Wording(("upper", "lower"), ("left", "right"), ("crimson", "green", "azure", "yellow"))
 
 
 def _digit(digits: Sequence[int], colours: Sequence[int], a: int, b: int) -> str:

@@ -19,9 +19,8 @@ CHUNK = 256  # examples that the processor gets at once; bounds the memory of ra
 class VqaTask(Task):
     """A task whose examples are questions (about an image, or plain text) with short answers.
 
-    The processor must expand the image placeholder itself and give `pixel_values` with one row per image,
-    as those of LLaVA, LLaVA-OneVision (one crop), PaliGemma or Idefics3 do; text-only tasks work with a
-    bare tokenizer.
+    The processor must expand the image placeholder itself and give every tensor with one row per example, as LLaVA's
+    does; otherwise `encode` refuses. Text-only tasks work with a bare tokenizer.
     """
 
     def format_prompt(self, processor: Any, example: Example) -> str:

@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eas_search.latency import LatencyConfig, PhaseLatency, measure_latency
+from eas_search.latency import LatencyConfig, PhaseLatency, Ratio, measure_latency
 
 REMOVED = (2, 5, 7, 10)
 PHASES = ("prefill", "decode")
@@ -151,6 +151,7 @@ def repeated(setting: str, processes: list[list[dict[str, Any]]], phase: str) ->
         "setting": setting,
         "ratio": float(np.exp(logs.mean())),
         "coverage": float(np.mean([a["low"] <= b["estimate"] <= a["high"] for a, b in pairs])),
+        "agreement": float(np.mean([agree(a, b) for a, b in pairs])),
         "coverage_within_run": float(
             np.mean([a["within_run"][0] <= b["estimate"] <= a["within_run"][1] for a, b in pairs])
         ),
@@ -160,6 +161,13 @@ def repeated(setting: str, processes: list[list[dict[str, Any]]], phase: str) ->
         "round_sd": median([run["round_sd"] for process in runs for run in process]),
         "runs": runs,
     }
+
+
+def agree(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """`Ratio.agrees_with` of two runs as kept by `facts`."""
+    fields = ("estimate", "low", "high", "within_run", "confidence")
+    first, second = (Ratio(**{name: run[name] for name in fields}) for run in (one, other))
+    return first.agrees_with(second)
 
 
 def spread(ratios: list[float]) -> float:
@@ -214,7 +222,10 @@ def table(found: dict[str, Any]) -> Table:
                 out.add_row("A/A", setting, phase, *(f"{cell:.3g}" for cell in cells), remark)
     for name, row in found["repeated"].items():
         cells = (row["coverage"], row["coverage_within_run"], 100 * row["width"])
-        remark = f"ratio {row['ratio']:.3f}; sd of runs {row['run_sd']:.4f}, of processes {row['process_sd']:.4f}"
+        remark = (
+            f"ratio {row['ratio']:.3f}; sd of runs {row['run_sd']:.4f}, of processes {row['process_sd']:.4f}; "
+            f"agreement {row['agreement']:.3f}"
+        )
         out.add_row("processes", row["setting"], name.split("/")[1], *(f"{c:.3g}" for c in cells), "", remark)
     return out
 

@@ -35,6 +35,7 @@ from eas_search.tasks.digits_vqa import (
 )
 
 HERE = Path(__file__).parent
+SHARPNESS = 20.0  # inverse temperature of cosine similarities
 
 
 def vocabulary(reserved: list[str]) -> list[str]:
@@ -78,17 +79,28 @@ def fit(
             print(f"{label} {step}/{steps} loss {np.mean(losses[-50:]):.4f} {seconds:.0f} s", flush=True)
 
 
-def vision_loss(model: Any, heads: nn.ModuleDict, images: int, rng: np.random.Generator) -> Tensor:
-    """Sum of three cross-entropies: digit, tint and position of the cell that a projected patch belongs to."""
+def vision_loss(model: Any, ids: dict[str, int], images: int, rng: np.random.Generator) -> Tensor:
+    """Contrast of every projected patch with the (fixed) embeddings of the words that describe its cell.
+
+    Sum of four cross-entropies over cosine similarities: digit, tint, row and column. Afterwards an image token lies
+    near the sum of its words' embeddings, much as image-text contrastive pretraining prepares a large model.
+    """
     scenes = draw_scenes("pretraining", images, rng)
     features = torch.stack(model.get_image_features(normalise(scenes.pixels)).pooler_output)  # [B, 16, d]
+    words = model.get_input_embeddings().weight.detach()
     cell = torch.tensor([(p // 4 // 2) * 2 + p % 4 // 2 for p in range(16)])  # the cell of each patch
-    wanted = {
-        "digit": torch.from_numpy(scenes.digits)[:, cell],
-        "colour": torch.from_numpy(scenes.colours)[:, cell],
-        "cell": cell.expand(images, 16),
-    }
-    return torch.stack([cross_entropy(heads[k](features).flatten(0, 1), v.flatten()) for k, v in wanted.items()]).sum()
+    described = [
+        (DIGITS, torch.from_numpy(scenes.digits)[:, cell]),
+        (PLAIN.colours, torch.from_numpy(scenes.colours)[:, cell]),
+        (PLAIN.rows, (cell // 2).expand(images, 16)),
+        (PLAIN.columns, (cell % 2).expand(images, 16)),
+    ]
+    losses = []
+    for choices, wanted in described:
+        options = torch.nn.functional.normalize(words[[ids[word] for word in choices]], dim=-1)
+        similarity = torch.nn.functional.normalize(features, dim=-1) @ options.T
+        losses.append(cross_entropy(SHARPNESS * similarity.flatten(0, 1), wanted.flatten()))
+    return torch.stack(losses).sum()
 
 
 def language_loss(model: Any, batch: PackedBatch, bos: int) -> Tensor:
@@ -138,7 +150,6 @@ def main() -> None:
     processor = build_processor(tokenizer)
     model = build_model(settings["model"], tokenizer).train()
     ids = tokenizer.get_vocab()
-    width = settings["model"]["text"]["hidden_size"]
     initial = model.get_input_embeddings().weight.detach().clone()
 
     def save() -> None:  # also every 50 steps, so that an interrupted run leaves a model
@@ -146,15 +157,8 @@ def main() -> None:
         processor.save_pretrained(options.output)
 
     phase = settings["vision_phase"]
-    heads = nn.ModuleDict({"digit": nn.Linear(width, 10), "colour": nn.Linear(width, 4), "cell": nn.Linear(width, 4)})
     seeing = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
-    fit(
-        [*seeing, *heads.parameters()],
-        lambda _: vision_loss(model, heads, phase["images"], rng),
-        phase,
-        "vision",
-        save,
-    )
+    fit(seeing, lambda _: vision_loss(model, ids, phase["images"], rng), phase, "vision", save)
 
     phase = settings["joint_phase"]
     shape = PackedShape(phase["images"], phase["blocks_per_image"], phase["length"])

@@ -1,0 +1,89 @@
+"""A search that is killed, again and again, or interrupted by hand."""
+
+from __future__ import annotations
+
+import random
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import psutil
+import pytest
+from optuna.trial import TrialState
+
+Start = Callable[..., "subprocess.Popen[str]"]
+BUDGET = 6
+
+
+def command(study_file: Path, output: Path, budget: int = BUDGET) -> list[object]:
+    return ["-m", "eas_search.run", "--config", study_file, "--output", output, "--budget", budget]
+
+
+def stored(output: Path) -> list[optuna.trial.FrozenTrial]:
+    url = f"sqlite:///{output / 'study.db'}"
+    names = [summary.study_name for summary in optuna.get_all_study_summaries(url)] if output.is_dir() else []
+    return optuna.load_study(study_name=names[0], storage=url).trials if names else []
+
+
+def completed(output: Path) -> dict[int, tuple[list[float], dict[str, int]]]:
+    return {trial.number: (trial.values, trial.params) for trial in stored(output) if trial.state == TrialState.COMPLETE}
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} was never said: {process.communicate()[1]}")
+
+
+def test_killing_a_search_three_times_loses_no_trial(start: Start, study_file: Path, tmp_path: Path) -> None:
+    output, chance = tmp_path / "run", random.Random(0)
+    seen: dict[int, tuple[list[float], dict[str, int]]] = {}
+    for news in ("Baseline:", f"/{BUDGET}:", f"/{BUDGET}:"):
+        process = start(*command(study_file, output))
+        wait_for(process, news)
+        time.sleep(chance.uniform(0, 0.6))
+        process.kill()
+        process.communicate()
+        now = completed(output)
+        assert seen.items() <= now.items()
+        seen = now
+    assert seen
+    assert len(seen) < BUDGET
+    process = start(*command(study_file, output))
+    said, complaints = process.communicate()
+    assert process.returncode == 0, complaints
+    assert "Pareto front" in said
+    assert seen.items() <= completed(output).items()
+    states = [trial.state for trial in stored(output)]
+    assert states.count(TrialState.COMPLETE) == BUDGET
+    assert set(states) <= {TrialState.COMPLETE, TrialState.FAIL}
+    params = [params for _, params in completed(output).values()]
+    assert all(trial.params in params for trial in stored(output))  # what was interrupted was done again
+
+
+@pytest.mark.parametrize("moment", ["supernet: ", "/500:"])
+def test_ctrl_c_ends_within_seconds_says_how_to_resume_and_cleans_up(
+    start: Start, study_file: Path, tmp_path: Path, moment: str
+) -> None:
+    output = tmp_path / "a run"
+    process = start(*command(study_file, output, budget=500))
+    wait_for(process, moment)
+    before, used = time.monotonic(), sum(psutil.Process(process.pid).cpu_times()[:2])
+    earlier = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    process.send_signal(signal.SIGINT)
+    _, complaints = process.communicate(timeout=60)
+    worked = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - earlier - used
+    assert worked < 2  # seconds of its own, so that a busy machine does not matter
+    assert time.monotonic() - before < 15
+    assert process.returncode == 130
+    assert "Traceback" not in complaints
+    hint = f"python -m eas_search.run --config {study_file} --output '{output}' --budget 500"
+    assert complaints.strip().splitlines() == [f"Interrupted; finished trials are kept. Resume with: {hint}"]
+    assert TrialState.RUNNING not in [trial.state for trial in stored(output)]
+    assert bool(completed(output)) == (moment == "/500:")

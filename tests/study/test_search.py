@@ -1,0 +1,188 @@
+"""A complete search on a tiny model: its files, running it again, running it anew, running it in several processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pandas as pd
+import psutil
+import pytest
+
+import eas_search
+from eas_search.settings import SearchSettings
+from eas_search.skip_config import SkipConfig
+from eas_search.study.outputs import read_json
+from eas_search.study.progress import TrialNews
+
+BUDGET = 5  # of the finished search
+
+
+def trials_by_config(study: optuna.Study) -> dict[str, tuple[float, int, int]]:
+    done = [trial.user_attrs for trial in study.trials if trial.state.name == "COMPLETE"]
+    return {
+        json.dumps(attrs["config"]): tuple(attrs["result"][name] for name in ("accuracy", "kv_bytes", "parameters"))
+        for attrs in done
+    }
+
+
+def test_every_file_is_there_and_nothing_half_written(finished: SimpleNamespace) -> None:
+    names = {path.name for path in finished.folder.iterdir()}
+    expected = {"study.db", "trials.csv", "pareto.json", "pareto.html", "best.json", "export", "summary.json"}
+    assert expected <= names
+    assert not [path for path in finished.folder.rglob("*") if path.suffix in (".tmp", ".pkl", ".pt", ".bin")]
+
+
+def test_the_trial_table_has_one_row_per_trial_with_its_figures(finished: SimpleNamespace) -> None:
+    with (finished.folder / "trials.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == BUDGET == len(finished.study.trials)
+    for row, trial in zip(rows, finished.study.trials, strict=True):
+        config = SkipConfig(**json.loads(row["config"]))
+        assert (int(row["number"]), row["state"]) == (trial.number, "COMPLETE")
+        assert [float(row["accuracy"]), float(row["latency"])] == pytest.approx(trial.values)
+        assert float(row["latency_low"]) <= float(row["latency"]) <= float(row["latency_high"])
+        assert tuple(map(int, row["skip"].split())) == config.skip
+        assert all(name.endswith("self_attn") for name in row["skip_names"].split())
+        assert row["placement"] == config.placement
+        assert int(float(row["kv_bytes"])) == 2 * 4 * 32 * (4 - len(config.skip))  # keys and values, 4 bytes, width 32
+        assert float(row["seconds"]) > 0
+        assert row["origin"]
+
+
+def test_the_front_has_both_objectives_with_intervals_around_them(finished: SimpleNamespace) -> None:
+    front = read_json(finished.folder / "pareto.json")
+    for row in front:
+        assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
+        for name in ("latency", "decode_latency"):
+            assert 0 < row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
+        assert SkipConfig(**row["config"]).skip == tuple(row["skip"])
+    assert [row["latency"] for row in front] == sorted(row["latency"] for row in front)
+    for row in front:
+        dominating = [o for o in front if o["accuracy"] >= row["accuracy"] and o["latency"] < row["latency"]]
+        assert row["on_front"] == (not dominating)
+
+
+def test_the_chosen_point_is_on_the_front_and_exported(finished: SimpleNamespace) -> None:
+    front, best = read_json(finished.folder / "pareto.json"), read_json(finished.folder / "best.json")
+    assert [row for row in front if row["chosen"]] == [best]
+    assert best["on_front"]
+    facts = read_json(finished.folder / "export" / "eas_config.json")
+    assert facts["merged"]
+    assert facts["skip_config"]["skip"] == best["skip_names"]
+    assert facts["about"]["claims"]["accuracy"] == best["accuracy"]
+    assert facts["about"]["trial"] == best["number"]
+
+
+def test_the_summary_says_with_what_and_where_it_was_measured(finished: SimpleNamespace) -> None:
+    summary, front = read_json(finished.folder / "summary.json"), read_json(finished.folder / "pareto.json")
+    assert summary["completed"] == summary["budget"] == BUDGET
+    assert summary["front"] == [row["number"] for row in front if row["on_front"]]
+    assert summary["seed"] == 0
+    assert {"eas_search", "torch", "transformers", "optuna"} <= set(summary["versions"])
+    assert "unknown" not in summary["versions"].values()
+    assert summary["hardware"]["device"] == "cpu"
+    assert {"load", "baseline", "supernet", "trials", "finalists", "export"} <= set(summary["wall_clock"])
+    assert 0 <= summary["hypervolume"] <= 1
+    assert math.isfinite(summary["baseline"]["prefill_ms"])
+    assert SearchSettings(**summary["settings"]) == finished.settings
+
+
+def test_the_page_needs_nothing_but_itself(finished: SimpleNamespace) -> None:
+    page = (finished.folder / "pareto.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in page
+    assert not any(mark in page for mark in ("<script src", "<link rel=\"stylesheet", "<img src=\"http"))
+
+
+def test_the_python_interface_gives_the_same_as_the_files(finished: SimpleNamespace) -> None:
+    front = eas_search.pareto_front(finished.study)
+    assert isinstance(front, pd.DataFrame)
+    assert set(front["number"]) <= {trial.number for trial in finished.study.trials}
+    assert len(eas_search.trials_frame(finished.study)) == BUDGET
+    assert finished.result.reached
+    assert finished.result.completed == BUDGET
+    assert finished.result.front["number"].tolist() == [r["number"] for r in read_json(finished.folder / "pareto.json")]
+
+
+def test_running_again_adds_nothing_and_keeps_every_result(
+    search: Callable[..., SimpleNamespace], finished: SimpleNamespace, finished_copy: Path
+) -> None:
+    before = {name: (finished_copy / name).read_bytes() for name in ("trials.csv", "pareto.json", "best.json")}
+    weights = (finished_copy / "export" / "model.safetensors").read_bytes()
+    again = search(finished.settings, finished_copy)
+    assert len(again.study.trials) == BUDGET
+    assert {name: (finished_copy / name).read_bytes() for name in before} == before
+    assert (finished_copy / "export" / "model.safetensors").read_bytes() == weights
+    old, new = (read_json(folder / "summary.json") for folder in (finished.folder, finished_copy))
+    assert all(new["wall_clock"][stage] >= seconds for stage, seconds in old["wall_clock"].items())
+    assert {**old, "wall_clock": 0} == {**new, "wall_clock": 0}
+
+
+def test_same_seed_same_proposals_and_accuracies(
+    search: Callable[..., SimpleNamespace],
+    finished: SimpleNamespace,
+    make_settings: Callable[..., SearchSettings],
+    tmp_path: Path,
+) -> None:
+    anew = search(make_settings(budget=4), tmp_path)  # another budget: more or fewer ranking prefixes may come first
+    assert trials_by_config(anew.study).items() <= trials_by_config(finished.study).items()
+    assert [t.params for t in anew.study.trials] == [t.params for t in finished.study.trials][:4]
+    more = search(make_settings(), tmp_path)
+    assert [t.params for t in more.study.trials] == [t.params for t in finished.study.trials]
+    assert trials_by_config(more.study) == trials_by_config(finished.study)
+
+
+@dataclass
+class Saboteur:
+    """A display that kills one worker process when the second trial has finished."""
+
+    killed: list[int] = field(default_factory=list)
+
+    def trial(self, news: TrialNews) -> None:
+        workers = [child for child in psutil.Process().children() if "popen_loky" in " ".join(child.cmdline())]
+        if news.done >= 2 and not self.killed and workers:
+            workers[0].kill()
+            self.killed.append(workers[0].pid)
+
+    def stage(self, *_: Any) -> None: ...
+
+    step = note = close = stage
+
+
+@pytest.fixture(scope="module")
+def parallel(make_settings: Callable[..., SearchSettings], tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A search with two workers, one of which is killed on the way."""
+    folder, settings, display = tmp_path_factory.mktemp("parallel"), make_settings(jobs=2, budget=7), Saboteur()
+    study = eas_search.create_study(settings, folder, "parallel")
+    result = eas_search.run_study(study, settings, folder, display)
+    return SimpleNamespace(study=study, result=result, killed=display.killed, folder=folder)
+
+
+def test_a_killed_worker_costs_no_trial_of_the_budget(parallel: SimpleNamespace) -> None:
+    assert parallel.killed
+    states = [trial.state.name for trial in parallel.study.trials]
+    assert states.count("COMPLETE") == 7
+    assert states.count("RUNNING") == states.count("WAITING") == 0
+    assert 1 <= states.count("FAIL") <= 2
+    params = [trial.params for trial in parallel.study.trials if trial.state.name == "COMPLETE"]
+    assert all(trial.params in params for trial in parallel.study.trials)
+
+
+def test_workers_get_the_same_accuracies_as_one_process(
+    parallel: SimpleNamespace,
+    search: Callable[..., SimpleNamespace],
+    make_settings: Callable[..., SearchSettings],
+    finished_copy: Path,
+) -> None:
+    ours = search(make_settings(budget=7), finished_copy)
+    alone, together = trials_by_config(ours.study), trials_by_config(parallel.study)
+    shared = set(alone) & set(together)
+    assert shared
+    assert {key: alone[key] for key in shared} == {key: together[key] for key in shared}

@@ -1,0 +1,205 @@
+"""Where attention lives: sites of real architectures made tiny, and refusal of what only looks like one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from eas_search.architectures import PATTERNS, attention_sites, prove_sites, resolve_skip
+from eas_search.architectures.norms import split_norm
+from eas_search.exceptions import ConfigError, UnsupportedModelError
+from eas_search.skip_config import SkipConfig
+from eas_search.skipping import apply_skips
+
+SMALL = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+
+
+def tiny(family: str, **changes: object) -> Any:
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(**{**SMALL, **changes})
+    name = f"{family}ForCausalLM" if hasattr(transformers, f"{family}ForCausalLM") else f"{family}Model"
+    torch.manual_seed(0)
+    return getattr(transformers, name)(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "template", "width", "causal"),
+    [
+        ("llama", "llama", "model.layers.{}.self_attn", 32, True),
+        ("clip", "clip", "encoder.layers.{}.self_attn", 24, False),
+        ("vit", "vit", "layers.{}.attention", 24, False),
+    ],
+)
+def test_sites_of_one_tower(
+    request: pytest.FixtureRequest, name: str, pattern: str, template: str, width: int, causal: bool
+) -> None:
+    model = request.getfixturevalue(name)
+    sites = attention_sites(model)
+    assert [site.index for site in sites] == [site.layer for site in sites] == list(range(4 if causal else 3))
+    assert {(site.pattern.name, site.width, site.causal) for site in sites} == {(pattern, width, causal)}
+    assert {site.tower for site in sites} == {"text" if causal else "vision"}
+    for i, site in enumerate(sites):
+        assert site.name.endswith(template.format(i))
+        assert isinstance(model.get_submodule(site.name).q_proj, nn.Linear)
+        assert model.get_submodule(site.block) is model.get_submodule(site.name.rpartition(".")[0])
+        assert model.get_submodule(site.block) in list(model.get_submodule(site.stack).layers)
+
+
+def test_the_text_tower_of_llava_comes_first(llava: Any) -> None:
+    sites = attention_sites(llava)
+    assert [site.tower for site in sites] == ["text"] * 4 + ["vision"] * 3
+    assert [site.layer for site in sites] == [0, 1, 2, 3, 0, 1, 2]
+    assert [site.index for site in sites] == list(range(7))
+    assert {site.stack for site in sites[:4]} == {"model.language_model"}
+    assert len({site.stack for site in sites[4:]}) == 1
+    assert [site.causal for site in sites] == [True] * 4 + [False] * 3
+
+
+def test_a_tower_alone_keeps_its_indexes(llava: Any) -> None:
+    assert [site.index for site in attention_sites(llava, ["vision"])] == [4, 5, 6]
+    assert [site.index for site in attention_sites(llava, ["text"])] == [0, 1, 2, 3]
+    with pytest.raises(ConfigError, match="tower 'audio' is unknown; expected 'text' or 'vision'"):
+        attention_sites(llava, ["text", "audio"])
+
+
+def test_a_skip_set_is_resolved_in_the_order_of_the_sites(llava: Any) -> None:
+    sites = attention_sites(llava)
+    assert [site.index for site in resolve_skip([6, sites[2].name, 0], sites)] == [0, 2, 6]
+
+
+@pytest.mark.parametrize("name", ["llama", "clip", "vit", "llava"])
+def test_real_blocks_are_proved(
+    request: pytest.FixtureRequest, name: str, tokens: Tensor, pixels: Tensor, image_prompt: dict[str, Tensor]
+) -> None:
+    model = request.getfixturevalue(name)
+    inputs = {"llama": {"input_ids": tokens}, "llava": image_prompt}.get(name, {"pixel_values": pixels})
+    sites = attention_sites(model)
+    assert max(prove_sites(model, sites, inputs).values()) <= 1e-6
+    # The first pass may install hooks of `transformers` itself; a second must leave none behind.
+    hooks = sum(len(module._forward_hooks) for module in model.modules())
+    assert len(prove_sites(model, sites, inputs)) == len(sites)
+    assert sum(len(module._forward_hooks) for module in model.modules()) == hooks
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Mistral", "Qwen3"])
+def test_other_families_with_the_same_parts_are_proved_and_skipped(family: str) -> None:
+    """Equal to the model whose output projection is zero; 1e-5 in float32."""
+    model, ids = tiny(family), torch.arange(12).view(2, 6)
+    sites = attention_sites(model)
+    assert len(sites) == 2
+    prove_sites(model, sites, {"input_ids": ids})
+    student = apply_skips(model, SkipConfig(skip=(0,), pia_dim=4)).eval()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        torch.testing.assert_close(student(ids).logits, model(ids).logits, atol=1e-5, rtol=0.0)
+    assert torch.equal(
+        student.generate(ids, max_new_tokens=4, do_sample=False), model.generate(ids, max_new_tokens=4, do_sample=False)
+    )
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Gemma2", "Bert", "OPT"])
+def test_models_of_other_patterns_are_refused(family: str) -> None:
+    changes = {"GPT2": {"n_embd": 16, "n_layer": 2, "n_head": 2}, "OPT": {"ffn_dim": 24, "word_embed_proj_dim": 16}}
+    model = tiny(family, **changes.get(family, {}))
+    with pytest.raises(UnsupportedModelError, match="has no block of a known pattern") as caught:
+        attention_sites(model)
+    assert "\n" not in str(caught.value)
+    assert all(pattern.name in str(caught.value) for pattern in PATTERNS)
+
+
+def test_a_block_with_the_right_names_and_another_function_is_refused() -> None:
+    """Granite's blocks are named like Llama's, but scale both residuals."""
+    model = tiny("Granite", residual_multiplier=0.3)
+    sites = attention_sites(model)
+    assert [site.pattern.name for site in sites] == ["llama", "llama"]
+    with pytest.raises(UnsupportedModelError, match="recomposed from its parts it differs") as caught:
+        prove_sites(model, sites, {"input_ids": torch.arange(6).view(1, 6)})
+    assert "\n" not in str(caught.value)
+    assert prove_sites(tiny("Granite", residual_multiplier=1.0), sites, {"input_ids": torch.arange(6).view(1, 6)})
+
+
+def test_a_site_that_a_pass_does_not_reach_is_refused(llava: Any, tokens: Tensor) -> None:
+    with pytest.raises(UnsupportedModelError, match="encoder"):
+        prove_sites(llava, attention_sites(llava), {"input_ids": tokens})  # no image: the vision tower is not run
+
+
+class Rms(nn.Module):
+    """RMSNorm, with Gemma's gain of 1 + weight when asked."""
+
+    def __init__(self, width: int, gemma: bool) -> None:
+        super().__init__()
+        self.weight, self.eps, self.gemma = nn.Parameter(torch.rand(width) + 0.5), 1e-6, gemma
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain = 1 + self.weight if self.gemma else self.weight
+        return gain * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_a_norm_is_gain_times_normalised_plus_shift(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(8, eps=1e-5) if kind == "layer" else Rms(8, gemma=False)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    norm, x = norm.to(dtype), torch.randn(5, 8, dtype=dtype) * 3
+    with torch.no_grad():
+        normalise, gain, shift = split_norm(norm)
+        recomposed = gain * normalise(x) + (0 if shift is None else shift)
+        v = x.double()
+        centred = v - v.mean(-1, keepdim=True) if kind == "layer" else v
+        expected = centred / (centred.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
+    rounding = 4 * max(torch.finfo(dtype).eps, 1e-15)
+    torch.testing.assert_close(normalise(x).double(), expected, atol=rounding, rtol=rounding)
+    torch.testing.assert_close(recomposed.double(), norm(x).double(), atol=4 * rounding, rtol=rounding)
+
+
+@pytest.mark.parametrize(
+    "norm", [Rms(8, gemma=True), nn.BatchNorm1d(8), nn.LayerNorm(8, elementwise_affine=False), nn.Identity()], ids=str
+)
+def test_a_norm_that_is_something_else_is_refused(norm: nn.Module) -> None:
+    with pytest.raises(UnsupportedModelError, match="expected a LayerNorm or RMSNorm") as caught:
+        split_norm(norm)
+    assert "\n" not in str(caught.value)
+
+
+def test_gemma_skips_where_no_norm_is_taken_apart(tokens: Tensor) -> None:
+    model = tiny("Gemma", hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh")
+    for parameter in (parameter for name, parameter in model.named_parameters() if "norm" in name):
+        nn.init.normal_(parameter)
+    with pytest.raises(UnsupportedModelError, match="GemmaRMSNorm is not gain"):
+        apply_skips(model, SkipConfig(skip=(0,), placement="ffn"))
+    student = apply_skips(model, SkipConfig(skip=(0,), placement="residual")).eval()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        ids = tokens % 32
+        torch.testing.assert_close(student(ids).logits, model(ids).logits, atol=1e-5, rtol=0.0)
+
+
+def test_a_causal_text_encoder_is_a_text_tower(randomise: Callable[..., nn.Module], tokens: Tensor) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    shape = {key: value for key, value in SMALL.items() if key not in ("num_key_value_heads", "head_dim")}
+    torch.manual_seed(0)
+    model = CLIPTextModel(CLIPTextConfig(**{**shape, "vocab_size": 64, "eos_token_id": 63})).eval()
+    assert {site.tower for site in attention_sites(model)} == {"text"}
+    student = randomise(apply_skips(model, SkipConfig(skip=(0,), pia_dim=4, pooling="prefix", adapter_dim=4)))
+    other = tokens.clone()
+    other[:, 7] += 1
+    with torch.no_grad():
+        first, second = (student(input_ids=ids).last_hidden_state for ids in (tokens, other))
+    assert torch.equal(first[:, :7], second[:, :7])
+    assert not torch.equal(first[:, 7:], second[:, 7:])
