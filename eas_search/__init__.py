@@ -34,7 +34,7 @@ _EXPORTS = {
     "register_task": "eas_search.tasks",
 }
 
-__all__ = sorted(_EXPORTS)
+__all__ = sorted(_EXPORTS)  # noqa: PLE0605  (one table serves both)
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from eas_search.exceptions import ConfigError, StorageError
+from eas_search.exceptions import StorageError
 from eas_search.run import console, guarded, run_command
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
@@ -28,17 +28,11 @@ def sites(
 ) -> None:
     """List the attention sites of a model, without loading its weights."""
     import torch
-    import transformers
 
     from eas_search.architectures import attention_sites
-    from eas_search.models.loading import architecture_class, model_location
+    from eas_search.models.loading import architecture_class, load_config, model_location
 
-    location = model_location(model)
-    try:
-        config = transformers.AutoConfig.from_pretrained(location, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise ConfigError(f"model {model!r} cannot be read: {reason}; expected 'demo', a hub id or a folder") from error
+    config = load_config(model_location(model), model)
     with torch.device("meta"):
         empty = architecture_class(config, model)._from_config(config)
     found = attention_sites(empty)
@@ -49,7 +43,9 @@ def sites(
     for site in found:
         size = sum(p.numel() for p in empty.get_submodule(site.name).parameters())
         whole = sum(p.numel() for p in empty.get_submodule(site.block).parameters())
-        table.add_row(str(site.index), site.tower, site.pattern.name, f"{size:,}", f"{100 * size / whole:.0f} %", site.name)
+        table.add_row(
+            str(site.index), site.tower, site.pattern.name, f"{size:,}", f"{100 * size / whole:.0f} %", site.name
+        )
     console.print(table)
 
 

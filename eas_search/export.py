@@ -1,7 +1,7 @@
 """Saving and loading students: safetensors and JSON only, with a manifest that is checked and a reference to verify.
 
-A saved student is a Hugging Face folder (config, weights, processor, card) plus `eas_config.json`. Its structure follows
-from the base configuration and the skip configuration, so loading rebuilds it and fills in the weights.
+A saved student is a Hugging Face folder (config, weights, processor, card) plus `eas_config.json`. Its structure
+follows from the base configuration and the skip configuration, so loading rebuilds it and fills in the weights.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from torch import Tensor, nn
 import eas_search
 from eas_search.exceptions import ConfigError, StorageError, VerificationError
 from eas_search.merging import MergeReport, merge
-from eas_search.models.loading import architecture_class, resolve_device
+from eas_search.models.loading import architecture_class, load_config, resolve_device
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import apply_skips
 
 FORMAT = 1
-WEIGHTS, EAS_CONFIG, MANIFEST, REFERENCE = "model.safetensors", "eas_config.json", "manifest.json", "reference.safetensors"
+CONFIG, WEIGHTS, EAS_CONFIG = "config.json", "model.safetensors", "eas_config.json"
+MANIFEST, REFERENCE = "manifest.json", "reference.safetensors"
 
 
 def save_pretrained(
@@ -75,6 +76,7 @@ def save_pretrained(
         (folder / EAS_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / REFERENCE).unlink(missing_ok=True)  # of an earlier export, whose answers these weights do not give
         write_manifest(folder)
     except OSError as error:
         raise StorageError(
@@ -97,19 +99,23 @@ def check_manifest(folder: Path) -> None:
         VerificationError: a file is missing or changed.
         StorageError: there is no readable manifest.
     """
-    digests = _read_json(folder, MANIFEST).get("sha256", {})
+    digests = _read_json(folder, MANIFEST).get("sha256")
+    if not isinstance(digests, dict) or not {WEIGHTS, EAS_CONFIG, CONFIG} <= set(digests):
+        raise VerificationError(f"manifest of {str(folder)!r} does not cover the weights; export again")
     for name, digest in digests.items():
-        if "/" in name or "\\" in name or name.startswith("."):
-            raise VerificationError(f"manifest of {str(folder)!r} names {name!r}; expected plain file names: do not load it")
+        if not name or "/" in name or "\\" in name or name.startswith("."):
+            raise VerificationError(
+                f"manifest of {str(folder)!r} names {name!r}; expected plain file names: do not load it"
+            )
         path = folder / name
         if not path.is_file():
-            raise VerificationError(f"{name} is missing from {str(folder)!r}; expected it by the manifest: export again")
+            raise VerificationError(
+                f"{name} is missing from {str(folder)!r}; expected it by the manifest: export again"
+            )
         if name != "README.md" and _sha256(path) != digest:
             raise VerificationError(
-                f"{name} in {str(folder)!r} is not what was exported (SHA-256 differs); copy the folder again or export again"
+                f"{name} in {str(folder)!r} is not what was exported (SHA-256 differs); copy it again or export again"
             )
-    if WEIGHTS not in digests or EAS_CONFIG not in digests:
-        raise VerificationError(f"manifest of {str(folder)!r} does not cover the weights; export again")
 
 
 def load_pretrained(folder: str | Path, device: str = "cpu") -> nn.Module:
@@ -119,32 +125,41 @@ def load_pretrained(folder: str | Path, device: str = "cpu") -> nn.Module:
         StorageError: not an export, or one of a newer format.
         VerificationError: a file is not what was exported.
     """
-    import transformers
-    from transformers.initialization import no_init_weights
-
     folder = Path(folder)
     content = _read_json(folder, EAS_CONFIG)
     if content.get("format") != FORMAT:
         raise StorageError(
-            f"export {str(folder)!r} has format {content.get('format')!r}; this version reads {FORMAT}: update eas_search"
+            f"export {str(folder)!r} has format {content.get('format')!r}; expected {FORMAT}: update eas_search"
         )
     check_manifest(folder)
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    cls = architecture_class(config, str(folder))
-    dtype = getattr(torch, content["dtype"])
-    with no_init_weights():
-        base = cls._from_config(config, dtype=dtype)
-    if (folder / "generation_config.json").is_file():
-        base.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    student = apply_skips(base.eval(), SkipConfig(**content["skip_config"]))
-    if content["merged"]:
-        student = merge(student)
+    student = _empty(folder, content)
     try:
         load_model(student, str(folder / WEIGHTS), strict=True)
     except (RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:160]
-        raise VerificationError(f"weights in {str(folder)!r} do not fit the configuration: {reason}; export again") from error
+        raise VerificationError(
+            f"weights in {str(folder)!r} do not fit the configuration: {reason}; export again"
+        ) from error
     return student.requires_grad_(False).to(resolve_device(device)).eval()
+
+
+def _empty(folder: Path, content: Mapping[str, Any]) -> Any:
+    """The student that an export describes, before its weights are filled in."""
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    name = str(folder)
+    dtype = getattr(torch, str(content.get("dtype")), None)
+    if not isinstance(dtype, torch.dtype) or not isinstance(content.get("skip_config"), dict):
+        raise StorageError(f"{EAS_CONFIG} in {name!r} names no dtype or skip configuration; export again")
+    config = load_config(name, name)
+    with no_init_weights():
+        base = architecture_class(config, name)._from_config(config, dtype=dtype)
+    base.tie_weights()
+    if (folder / "generation_config.json").is_file():
+        base.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    student = apply_skips(base.eval(), SkipConfig(**content["skip_config"]))
+    return merge(student) if content.get("merged") else student
 
 
 def about(folder: str | Path) -> dict[str, Any]:
@@ -183,7 +198,9 @@ def verify(folder: str | Path, tolerance: float = 1e-4) -> ExportReport:
     folder = Path(folder)
     model = load_pretrained(folder)
     if not (folder / REFERENCE).is_file():
-        raise StorageError(f"export {str(folder)!r} has no {REFERENCE}; expected one from `eas-search export`: export again")
+        raise StorageError(
+            f"export {str(folder)!r} has no {REFERENCE}; expected one from `eas-search export`: export again"
+        )
     tensors = load_file(folder / REFERENCE)
     inputs = {name.removeprefix("input."): tensor for name, tensor in tensors.items() if name.startswith("input.")}
     new_tokens = tensors["generated"].shape[1] - inputs["input_ids"].shape[1]
@@ -205,7 +222,7 @@ def verify(folder: str | Path, tolerance: float = 1e-4) -> ExportReport:
     if not report.largest <= tolerance or not equal:
         what = "generated tokens differ" if not equal else f"logits differ by {report.largest:.3g}"
         raise VerificationError(
-            f"export {str(folder)!r}: {what}; expected at most {tolerance:g} and equal tokens: do not use it, export again",
+            f"export {str(folder)!r}: {what}; expected at most {tolerance:g} and equal tokens: export again",
             report,
         )
     return ExportReport(report, equal)
@@ -227,8 +244,11 @@ def _sha256(path: Path) -> str:
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"{type(content).__name__} instead of names and values")
     except (OSError, ValueError) as error:
         raise StorageError(
             f"{str(folder)!r} has no readable {name}; expected a folder written by `eas-search export`"
         ) from error
+    return content

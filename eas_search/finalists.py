@@ -130,4 +130,3 @@ def _flat(latency: Latency) -> dict[str, float | None]:
         flat[f"decode_latency{key}"] = None if decode is None else getattr(decode, field)
     flat["decode_s"] = None if latency.decode is None else latency.decode.timing.median
     return flat
-

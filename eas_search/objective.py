@@ -62,9 +62,7 @@ def trial_seed(seed: int, config: SkipConfig) -> int:
     return zlib.crc32(f"{seed}:{config.model_dump_json()}".encode())
 
 
-def make_student(
-    bench: Workbench, supernet: Supernet, config: SkipConfig, training: FineTuneConfig
-) -> nn.Module:
+def make_student(bench: Workbench, supernet: Supernet, config: SkipConfig, training: FineTuneConfig) -> nn.Module:
     """The fine-tuned student of a configuration: inherits from the supernet, then trains its own adapters."""
     student = apply_skips(bench.model, config)
     supernet.inherit(student)
@@ -78,9 +76,7 @@ def mean_redundancy(bench: Workbench, scores: Sequence[float], config: SkipConfi
     return sum(skipped) / len(skipped) if skipped else 0.0
 
 
-def evaluate(
-    bench: Workbench, supernet: Supernet, scores: Sequence[float], config: SkipConfig
-) -> TrialResult:
+def evaluate(bench: Workbench, supernet: Supernet, scores: Sequence[float], config: SkipConfig) -> TrialResult:
     """Inherit → fine-tune → validation accuracy → merge → latency against the original model.
 
     Raises:

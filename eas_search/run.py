@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +25,7 @@ from eas_search.exceptions import ConfigError, EasSearchError
 if TYPE_CHECKING:
     from eas_search.settings import SearchSettings
     from eas_search.study import SearchResult
+    from eas_search.study.progress import Display
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -41,7 +44,7 @@ class RunPlace:
     storage: str | None
 
 
-def run_command(  # noqa: PLR0913  (one parameter per flag is how typer works)
+def run_command(  # noqa: PLR0913, PLR0917  (one parameter per flag is how typer works)
     budget: Annotated[int | None, typer.Option(help="Total number of completed trials [default: 50].")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML study file; flags win over it.")] = None,
     model: Annotated[str | None, typer.Option(help="'demo', a hub id, or a model folder [default: demo].")] = None,
@@ -56,7 +59,9 @@ def run_command(  # noqa: PLR0913  (one parameter per flag is how typer works)
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps or auto [default: auto].")] = None,
     dtype: Annotated[str | None, typer.Option(help="Precision of the frozen model [default: float32].")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which no trial starts.")] = None,
-    prefer: Annotated[str | None, typer.Option(help="knee, or accuracy=0.99 (× the baseline's) [default: knee].")] = None,
+    prefer: Annotated[
+        str | None, typer.Option(help="knee, or accuracy=0.99 (× the baseline's) [default: knee].")
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Search which attentions can go, and export a model without them.
@@ -66,7 +71,19 @@ def run_command(  # noqa: PLR0913  (one parameter per flag is how typer works)
     values = locals()
     given = {
         name: values[name]
-        for name in ("budget", "model", "task", "data", "seed", "jobs", "sampler", "device", "dtype", "time_limit", "prefer")
+        for name in (
+            "budget",
+            "model",
+            "task",
+            "data",
+            "seed",
+            "jobs",
+            "sampler",
+            "device",
+            "dtype",
+            "time_limit",
+            "prefer",
+        )
         if values[name] is not None
     }
     title = f"[bold]eas_search {__version__}[/bold]  which attentions can this model do without?"
@@ -84,9 +101,11 @@ def _search(
 
     study = create_study(settings, place.output, place.study_name, place.storage)
     display = make_display(console)
+    sure = SureInterrupt(display)
     try:
-        result = run_study(study, settings, place.output, display)
+        result = run_study(study, settings, place.output, sure)
     finally:
+        signal.signal(signal.SIGINT, sure.before)
         display.close()
     show_result(result)
     if not result.reached:
@@ -94,6 +113,26 @@ def _search(
             f"Stopped at {result.completed} of {settings.budget} trials (time limit). Resume with: {this_command()}"
         )
         raise typer.Exit(UNFINISHED)
+
+
+class SureInterrupt:
+    """Passes a search's news on to `display`; with the next piece of news it repeats a Ctrl-C that was lost.
+
+    Python ignores a KeyboardInterrupt that happens to be raised inside a finaliser or a weak reference's callback.
+    """
+
+    def __init__(self, display: Display) -> None:
+        self.display, self.seen = display, False
+        self.before = signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, *_: object) -> None:
+        self.seen = True
+        raise KeyboardInterrupt
+
+    def __getattr__(self, name: str) -> Any:
+        if self.seen:
+            raise KeyboardInterrupt
+        return getattr(self.display, name)
 
 
 def _settle(
@@ -129,7 +168,9 @@ def show_result(result: SearchResult) -> None:
     for heading in ("", "trial", "skipped", "PIA", "accuracy", "prefill", "decode", "KV cache"):
         table.add_column(heading, justify="left" if heading in ("", "skipped", "PIA") else "right", overflow="fold")
     kv, decode = baseline.kv_bytes, baseline.decode_s is not None
-    table.add_row("", "baseline", "none", "", f"{100 * baseline.accuracy:.1f} %", "1.00×", "1.00×" if decode else "", "100 %")
+    table.add_row(
+        "", "baseline", "none", "", f"{100 * baseline.accuracy:.1f} %", "1.00×", "1.00×" if decode else "", "100 %"
+    )
     for row in result.front[result.front["on_front"]].to_dict("records"):
         table.add_row(
             "★" if row["chosen"] else "",
@@ -161,13 +202,20 @@ def guarded(call: Callable[[], Any], debug: bool) -> int:
     except typer.Abort:
         code = INTERRUPTED
     except UsageError as error:
-        errors.print(f"eas-search: {error.format_message()} See --help.", markup=False)
+        errors.print(f"eas-search: {_typed(error)}{error.format_message()} See --help.", markup=False)
         return USER_ERROR
     except KeyboardInterrupt:
         code = INTERRUPTED
     if code == INTERRUPTED:
         errors.print(f"\nInterrupted; finished trials are kept. Resume with: {this_command()}", markup=False)
     return int(code or 0)
+
+
+def _typed(error: Any) -> str:
+    """The option and value that a usage error is about; typer leaves the value out."""
+    options = getattr(getattr(error, "param", None), "opts", [])
+    words = [word for argument in sys.argv for word in argument.split("=", 1)]
+    return "".join(f"{option} {value}: " for option, value in pairwise(words) if option in options)
 
 
 def main() -> None:

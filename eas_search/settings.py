@@ -164,7 +164,9 @@ class SearchSettings(_Group):
                 f"study file {str(path)!r} is malformed{where}: {problem}; expected YAML like 'budget: 50'"
             ) from error
         if content is not None and not isinstance(content, dict):
-            raise ConfigError(f"study file {str(path)!r} holds a {type(content).__name__}; expected 'name: value' lines")
+            raise ConfigError(
+                f"study file {str(path)!r} holds a {type(content).__name__}; expected 'name: value' lines"
+            )
         return cls(**{**{str(key): value for key, value in (content or {}).items()}, **overrides})
 
     def fingerprint(self) -> str:

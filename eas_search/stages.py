@@ -23,7 +23,7 @@ from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import adapter_parameters, apply_skips
 from eas_search.supernet import Supernet
-from eas_search.training import correct_answers, fine_tune
+from eas_search.training import correct_answers, fine_tune, seeded
 from eas_search.warm_start import calibrate
 from eas_search.workbench import Workbench
 
@@ -95,7 +95,8 @@ def baseline_stage(bench: Workbench, folder: StageFolder, report: Report) -> tup
     Returns:
         The figures, and the adapter-only student after the baseline's own steps, from which the supernet starts.
     """
-    student = apply_skips(bench.model, unskipped(bench.settings))
+    with seeded(bench.settings.seed):
+        student = apply_skips(bench.model, unskipped(bench.settings))
     kept = folder.read("baseline")
     if kept is not None:
         load_adapters(student, kept[1])
@@ -154,7 +155,8 @@ def empty_supernet(bench: Workbench) -> Supernet:
     config = settings.student.model_copy(
         update={"skip": (), "pia_dim": max(settings.space.pia_dims), "placement": "parallel"}
     )
-    return Supernet(bench.model, bench.sites, config)
+    with seeded(bench.settings.seed):
+        return Supernet(bench.model, bench.sites, config)
 
 
 def supernet_stage(

@@ -92,7 +92,7 @@ class Supernet:
     def inherit(self, student: nn.Module) -> None:
         """Give a student made from the same model the weights of this supernet's adapters (copied)."""
         for site in self.sites:
-            mine, block = self.block(site), student.get_submodule(site.block)
+            block = student.get_submodule(site.block)
             for target, pia in self.pias(site).items():
                 theirs = getattr(block, f"pia_{target}", None)
                 if theirs is not None:
@@ -106,4 +106,3 @@ def _copy_light_adapters(source: Any, target: Any) -> None:
         theirs, mine = (getattr(tree.get_submodule(site.block), site.pattern.norm1, None) for tree in (source, target))
         if isinstance(theirs, AdaptedNorm) and isinstance(mine, AdaptedNorm):
             mine.adapter.load_state_dict(theirs.adapter.state_dict())
-

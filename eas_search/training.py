@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -46,6 +46,14 @@ def endless(split: Any, batch_size: int, generator: torch.Generator) -> Iterable
         raise ConfigError("the training split is empty; expected at least one example: check the task's data")
     while True:
         yield from split.batches(batch_size, generator)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw initial weights from `seed`, without touching torch's random state outside."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 def on_device(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ so a PIA of smaller rank is a slice of a larger one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,20 +36,21 @@ class SiteMoments:
     fy: dict[str, Tensor] = field(default_factory=dict)
     yy: dict[str, float] = field(default_factory=dict)
 
-    def add(self, features: Tensor, targets: dict[str, Tensor]) -> None:
-        """Add samples: features [N, p], targets [N, d] each."""
+    def add(self, features: Tensor, targets: dict[str, Tensor], weights: Tensor | None = None) -> None:
+        """Add samples: features [N, p], targets [N, d] each, weights [N] ≥ 0 (None: all 1)."""
         features = features.double()
-        self.count += features.shape[0]
-        self.f = features.sum(0) if self.f is None else self.f + features.sum(0)
-        self.ff = features.T @ features if self.ff is None else self.ff + features.T @ features
+        weights = torch.ones_like(features[:, :1]) if weights is None else weights.double().unsqueeze(1)
+        weighted = features * weights
+        self.count += float(weights.sum())
+        self.f = weighted.sum(0) if self.f is None else self.f + weighted.sum(0)
+        self.ff = weighted.T @ features if self.ff is None else self.ff + weighted.T @ features
         for name, values in targets.items():
             target = values.double()
-            self.y[name] = self.y.get(name, 0.0) + target.sum(0)
-            self.fy[name] = self.fy.get(name, 0.0) + features.T @ target
-            self.yy[name] = self.yy.get(name, 0.0) + float(target.pow(2).sum())
+            self.y[name] = self.y.get(name, 0.0) + (target * weights).sum(0)
+            self.fy[name] = self.fy.get(name, 0.0) + weighted.T @ target
+            self.yy[name] = self.yy.get(name, 0.0) + float((target.pow(2) * weights).sum())
 
 
-@torch.no_grad()
 def calibrate(
     model: nn.Module,
     sites: Iterable[AttentionSite],
@@ -58,30 +59,42 @@ def calibrate(
 ) -> dict[str, SiteMoments]:
     """Moments of every site of `model` over calibration batches, by site name.
 
+    A token counts as much as the task's loss depends on it: its weight is the norm of the loss's gradient with respect
+    to the residual stream behind the attention, ‖∂L/∂(x + attention)‖. Most tokens of a deep layer do not matter any more;
+    an unweighted fit spends its rank on them (`studies/closed_form` compares the two).
+
     Args:
         model: a supernet's model that skips nothing, or a student with light adapters at these sites.
         sites: which sites to look at.
-        batches: batches as in training; tokens outside the pooled mask do not count.
+        batches: batches as in training; tokens outside the pooled mask do not count. Without labels there is no loss,
+            and all tokens count the same.
         identity: the identity path on which the `ffn` target depends.
     """
-    moments = {site.name: SiteMoments() for site in sites}
-    handles = []
+    recorders = []
     for site in sites:
         block = model.get_submodule(site.block)
-        handles.append(_Recorder(block, site, moments[site.name], identity).attach())
+        recorders.append(_Recorder(block, site, SiteMoments(), identity))
+    handles = [handle for recorder in recorders for handle in recorder.attach()]
     try:
         model.eval()
         for batch in batches:
-            model(**on_device(batch, model), use_cache=False)
+            moved = on_device(batch, model)
+            with torch.set_grad_enabled("labels" in moved):
+                output = model(**moved, use_cache=False)
+            gradients: Sequence[Tensor | None] = [None] * len(recorders)
+            if "labels" in moved:
+                streams = [recorder.h for recorder in recorders]
+                gradients = torch.autograd.grad(output.loss, streams, allow_unused=True)
+            for recorder, gradient in zip(recorders, gradients, strict=True):
+                recorder.record(gradient)
     finally:
-        for pair in handles:
-            for handle in pair:
-                handle.remove()
-    return moments
+        for handle in handles:
+            handle.remove()
+    return {recorder.site.name: recorder.moments for recorder in recorders}
 
 
 class _Recorder:
-    """Hooks of one site: remembers x when the block starts and adds to the moments when its second norm is called."""
+    """Hooks of one site: remember x when the block starts and h when its second norm is called."""
 
     def __init__(self, block: nn.Module, site: AttentionSite, moments: SiteMoments, identity: IdentityPath) -> None:
         norm1 = getattr(block, site.pattern.norm1)
@@ -93,7 +106,7 @@ class _Recorder:
         self.block, self.site = block, site
         self.context: TokenContext = context  # type: ignore[assignment]
         self.moments, self.identity = moments, identity
-        self.x: Tensor | None = None
+        self.x = self.h = torch.empty(0)
 
     def attach(self) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
         """Install the two hooks."""
@@ -104,21 +117,32 @@ class _Recorder:
 
     def _start(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.x = args[0]
+        if torch.is_grad_enabled() and not self.x.requires_grad:
+            self.x.requires_grad_()  # nothing before this block is trainable: the graph begins here
 
     def _second_norm(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x, h = self.x, args[0]
-        assert x is not None, "the block's input is positional in transformers"
+        self.h = args[0]
+
+    @torch.no_grad()
+    def record(self, gradient: Tensor | None) -> None:
+        """Add the tokens of the last forward pass, weighted by the norm of `gradient` [B, n, d] (None: all alike)."""
+        x, h = self.x.detach(), self.h.detach()
         x_hat = self.norm1(x)
         session = self.context.session(self.site.layer)
         features = x_hat
         if session.mode != "none":
             features = torch.cat([x_hat, session.mean("calibrate", x_hat).expand_as(x_hat)], dim=-1)
+        weights = torch.ones(x.shape[:2], device=x.device) if gradient is None else gradient.float().norm(dim=-1)
         kept = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         if session.mask is not None:
             kept = session.mask.bool()
         identity = x_hat if self.identity == "paper" else self.normalise1(x)
         targets = {"stream": (h - x)[kept], "ffn": (self.normalise2(h) - identity)[kept]}
-        self.moments.add(features[kept], targets)
+        weights = weights[kept]
+        mean = weights.mean()
+        # Relative to the batch, so that a batch with a large loss does not outweigh the others; a site on which the
+        # loss does not depend at all is fitted as if all tokens mattered.
+        self.moments.add(features[kept], targets, weights / mean if mean > 0 else torch.ones_like(weights))
 
 
 @torch.no_grad()

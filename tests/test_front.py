@@ -46,10 +46,7 @@ def test_hypervolume_is_the_counted_area(points: list[tuple[float, float]]) -> N
     step = 0.25  # every finite value lies on this grid, so counting dominated cells is exact
     finite = [(a, t) for a, t in points if math.isfinite(a) and math.isfinite(t)]
     cells = [
-        (i, j)
-        for i in range(6)
-        for j in range(4)
-        if any(a >= (i + 1) * step and t <= j * step for a, t in finite)
+        (i, j) for i in range(6) for j in range(4) if any(a >= (i + 1) * step and t <= j * step for a, t in finite)
     ]
     assert hypervolume(*columns(points)) == pytest.approx(len(cells) * step * step)
 

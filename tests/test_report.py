@@ -87,11 +87,7 @@ def invented_study(
     trials = pd.concat([trials, pd.DataFrame([failed])], ignore_index=True)
 
     picked = trials[non_dominated(trials["accuracy"], trials["latency"])].sort_values("latency")
-    picked = (
-        picked.iloc[np.unique(np.linspace(0, len(picked) - 1, finalists).astype(int))]
-        if finalists
-        else picked[:0]
-    )
+    picked = picked.iloc[np.unique(np.linspace(0, len(picked) - 1, finalists).astype(int))] if finalists else picked[:0]
     front = pd.DataFrame(
         [
             {
@@ -215,8 +211,7 @@ def test_headline_claims_a_significant_speedup(study: PageData) -> None:
     data = with_chosen(study, latency=0.8, latency_low=0.78, latency_high=0.82, accuracy=0.84 * 0.846)
     count = len(chosen_point(data.front)["skip"])  # type: ignore[index]
     assert page_headline(data) == (
-        f"Skipping {count} of 12 attentions keeps 84 % of the baseline's accuracy "
-        "and makes prefill 1.25× faster."
+        f"Skipping {count} of 12 attentions keeps 84 % of the baseline's accuracy and makes prefill 1.25× faster."
     )
 
 
@@ -231,9 +226,7 @@ def test_headline_claims_nothing_within_the_noise(study: PageData) -> None:
 
 def test_headline_of_unusual_studies(study: PageData) -> None:
     assert "costs no accuracy (85.0 % against 84.6 %)" in page_headline(with_chosen(study, accuracy=0.85))
-    assert page_headline(invented_study(finalists=0)) == (
-        "No finalist was measured yet: 50 of 50 trials are done."
-    )
+    assert page_headline(invented_study(finalists=0)) == ("No finalist was measured yet: 50 of 50 trials are done.")
 
 
 def test_knee_is_described_when_nothing_is_marked(study: PageData) -> None:
@@ -269,9 +262,7 @@ def test_every_point_of_the_plots_can_be_clicked(page: Reader) -> None:
     payload = page.payload()
     for themes in payload["figures"].values():
         for trace in themes["light"]["data"]:
-            for number in np.ravel(
-                trace.get("customdata", []) if isinstance(trace.get("customdata"), list) else []
-            ):
+            for number in np.ravel(trace.get("customdata", []) if isinstance(trace.get("customdata"), list) else []):
                 assert str(number) in payload["points"]
 
 
@@ -381,9 +372,7 @@ def test_labels() -> None:
     assert [labels.duration(s).replace("\u00a0", " ") for s in (59.9, 59.96, 3725)] == [
         "59.9 s", "1 min 0 s", "1 h 2 min"
     ]  # fmt: skip
-    assert {
-        f(None) for f in (labels.percent, labels.speedup, labels.size, labels.duration, labels.quantity)
-    } == {"–"}
+    assert {f(None) for f in (labels.percent, labels.speedup, labels.size, labels.duration, labels.quantity)} == {"–"}
 
 
 def test_site_labels_are_unique_within_a_tower() -> None:

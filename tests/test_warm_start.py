@@ -141,36 +141,54 @@ def test_a_linear_attention_is_replaced_without_loss(llama: Any, placement: str)
     torch.testing.assert_close(actual, expected, atol=1e-3, rtol=0.0)
 
 
-@torch.no_grad()
+def gradient_weights(model: Any, layer: Any, batch: dict[str, Tensor], kept: Tensor) -> Tensor:
+    """‖∂L/∂(x + attention)‖ of the pooled tokens, mean 1, by a backward pass through the original model."""
+    streams: list[Tensor] = []
+    trainable = copy.deepcopy(model).requires_grad_(True)
+    twin = trainable.get_submodule(next(name for name, module in model.named_modules() if module is layer))
+    twin.post_attention_layernorm.register_forward_pre_hook(lambda module, args: streams.append(args[0]))
+    loss = trainable(**batch, use_cache=False).loss
+    norms = torch.autograd.grad(loss, streams)[0].norm(dim=-1)[kept]
+    return norms / norms.mean()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("target", ["stream", "ffn"])
-def test_moments_are_those_of_the_pooled_tokens_only(llama: Any, target: str) -> None:
-    """Answers and padding must not enter; recomputed from the recorded activations of the original model."""
+def test_moments_are_those_of_the_pooled_tokens_only(llama: Any, target: str, weighted: bool) -> None:
+    """Answers and padding must not enter; recomputed from the recorded activations of the original model.
+
+    With labels a token weighs as much as the loss depends on it; without, all weigh the same.
+    """
     batch = batches_of(rows=3)[0]
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     batch["attention_mask"][1, :2] = 0
     kept = batch["attention_mask"].bool() & (torch.arange(10) < 6)
     sites = attention_sites(llama)
     supernet = Supernet(llama, sites, SkipConfig(pia_dim=4, pooling="prompt"))
-    moments = calibrate(supernet.model, sites, [batch])[sites[2].name]
+    unlabelled = {name: value for name, value in batch.items() if name != "labels"} | {"prompt_mask": kept}
+    moments = calibrate(supernet.model, sites, [batch if weighted else unlabelled])[sites[2].name]
     layer, seen = llama.model.layers[2], {}
     hooks = [
         layer.input_layernorm.register_forward_hook(lambda m, args, out: seen.update(x=args[0], x_hat=out)),
         layer.self_attn.register_forward_hook(lambda m, args, out: seen.update(attention=out[0])),
     ]
-    llama(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    with torch.no_grad():
+        llama(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     for hook in hooks:
         hook.remove()
+    weights = gradient_weights(llama, layer, batch, kept) if weighted else torch.ones(16)
     rms = lambda v: v / (v.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()  # noqa: E731
     y = seen["attention"] if target == "stream" else rms(seen["x"] + seen["attention"]) - rms(seen["x"])
     rows = []
     for row in range(3):
         own = seen["x_hat"][row][kept[row]]
         rows.append(torch.cat([own, own.mean(0).expand_as(own)], dim=-1))
-    f, y = torch.cat(rows).double(), y[kept].double()
-    assert moments.count == kept.sum() == 16
+    f, y, w = torch.cat(rows).double(), y[kept].double(), weights.double().unsqueeze(1)
+    assert kept.sum() == 16
+    assert moments.count == pytest.approx(16.0)
     close = lambda a, b: torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)  # noqa: E731  float32 activations
-    close(moments.ff, f.T @ f)
-    close(moments.fy[target], f.T @ y)
+    close(moments.ff, f.T @ (w * f))
+    close(moments.fy[target], f.T @ (w * y))
 
 
 @pytest.mark.parametrize("pooling", ["prompt", "prefix", "none"])
@@ -197,4 +215,4 @@ def test_a_vision_tower_warm_starts_over_all_its_tokens(llava: Any, image_prompt
     sites = [site for site in attention_sites(llava) if site.tower == "vision"][:2]
     supernet = Supernet(llava, sites, SkipConfig(pia_dim=4, pooling="prompt"))
     moments = calibrate(supernet.model, sites, [image_prompt])
-    assert all(moments[site.name].count == 2 * 17 for site in sites)
+    assert all(moments[site.name].count == pytest.approx(2 * 17) for site in sites)

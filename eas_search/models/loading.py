@@ -44,29 +44,60 @@ def load_model(name: str, device: str = "auto", dtype: str = "float32") -> tuple
     import transformers
 
     location = model_location(name)
+    if (Path(location) / "eas_config.json").is_file():
+        raise ConfigError(f"model {name!r} is an export of eas_search; expected an original model: name its base model")
     transformers.utils.logging.disable_progress_bar()  # the search has its own display
+    config = load_config(location, name)
+    cls = architecture_class(config, name)
     try:
-        config = transformers.AutoConfig.from_pretrained(location, trust_remote_code=False)
-        cls = architecture_class(config, name)
-        model = cls.from_pretrained(location, dtype=getattr(torch, dtype))
+        model, report = cls.from_pretrained(location, dtype=getattr(torch, dtype), output_loading_info=True)
         processor = load_processor(location)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+    except Exception as error:  # libraries raise many kinds for damaged files
+        raise _unusable(name, error) from error
+    if missing := sorted(report["missing_keys"]):
         raise ConfigError(
-            f"model {name!r} cannot be loaded: {reason}; expected '{DEMO}', a hub id or a complete model folder"
-        ) from error
+            f"model {name!r} lacks {len(missing)} of its weights, e.g. {missing[0]!r}; expected a complete checkpoint: "
+            "download or save it again"
+        )
     return model.to(resolve_device(device)).eval(), processor
 
 
-def architecture_class(config: Any, name: str) -> Any:
-    """The `transformers` class that a configuration names as its architecture."""
+def load_config(location: str, name: str) -> Any:
+    """The configuration of the model called `name`; code that comes with it is never run.
+
+    Raises:
+        ConfigError: it cannot be found or read.
+    """
     import transformers
 
-    architectures = getattr(config, "architectures", None) or []
-    cls = getattr(transformers, architectures[0], None) if architectures else None
-    if cls is None:
+    try:
+        return transformers.AutoConfig.from_pretrained(location, trust_remote_code=False)
+    except Exception as error:  # a value of the wrong type raises what the class of the model happens to raise
+        raise _unusable(name, error) from error
+
+
+def _unusable(name: str, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())[:200]
+    if not isinstance(error, (OSError, ValueError)):
+        reason = f"{type(error).__name__} {reason}"
+    return ConfigError(
+        f"model {name!r} cannot be loaded: {reason}; expected '{DEMO}', a hub id or a complete model folder"
+    )
+
+
+def architecture_class(config: Any, name: str) -> Any:
+    """The `transformers` class that a configuration names as its architecture.
+
+    Raises:
+        UnsupportedModelError: it names none, or something that is no model.
+    """
+    import transformers
+
+    architectures = getattr(config, "architectures", None) or [None]
+    cls = getattr(transformers, str(architectures[0]), None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise UnsupportedModelError(
-            f"model {name!r} names architecture {architectures[:1]}; expected a model class of transformers "
+            f"model {name!r} names architecture {architectures[0]!r}; expected a model class of transformers "
             f"{transformers.__version__}: set 'architectures' in its config.json"
         )
     return cls
@@ -91,7 +122,9 @@ def resolve_device(device: str) -> torch.device:
         return torch.accelerator.current_accelerator() or torch.device("cpu")
     try:
         resolved = torch.device(device)
-        torch.empty(1, device=resolved)
+        torch.zeros(1, device=resolved).item()
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {device!r} is not available here; expected 'cpu', 'cuda', 'mps' or 'auto'") from error
+        raise ConfigError(
+            f"device {device!r} is not available here; expected 'cpu', 'cuda', 'mps' or 'auto'"
+        ) from error
     return resolved

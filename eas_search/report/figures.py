@@ -169,8 +169,7 @@ def _finalists(rows: pd.DataFrame, sites: Sites, theme: Theme, chosen: bool) -> 
             "line": {"width": 1.5, "color": theme.surface if on_front.all() else colour},
         },
         error_x=bars | {"array": fastest - speed, "arrayminus": speed - slowest},
-        error_y=bars
-        | {"array": rows["accuracy_high"] - accuracy, "arrayminus": accuracy - rows["accuracy_low"]},
+        error_y=bars | {"array": rows["accuracy_high"] - accuracy, "arrayminus": accuracy - rows["accuracy_low"]},
         hovertext=[labels.hover(row, sites, "held-out") for row in rows.to_dict("records")],
     )
 

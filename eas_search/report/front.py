@@ -111,6 +111,5 @@ def prefer(accuracy: ArrayLike, latency: ArrayLike, minimum_accuracy: float) -> 
     else:
         best = f"the best available is {points[finite, 0].max():.4f}"
     raise ConfigError(
-        f"no point reaches an accuracy of {minimum_accuracy:.4f}: {best}; "
-        "ask for less or search with a larger budget"
+        f"no point reaches an accuracy of {minimum_accuracy:.4f}: {best}; ask for less or search with a larger budget"
     )

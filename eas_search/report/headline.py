@@ -21,9 +21,7 @@ def chosen_point(front: pd.DataFrame) -> dict[Any, Any] | None:
     return dict(row)
 
 
-def headline(
-    front: pd.DataFrame, baseline: Mapping[str, Any], site_count: int, summary: Mapping[str, Any]
-) -> str:
+def headline(front: pd.DataFrame, baseline: Mapping[str, Any], site_count: int, summary: Mapping[str, Any]) -> str:
     """What skipping attentions costs and gains at the chosen point.
 
     A speed-up is claimed only where the whole interval of the chosen point's latency lies below 1; otherwise

@@ -97,8 +97,7 @@ def site_labels(sites: Sequence[Mapping[str, Any]]) -> list[str]:
     """
     found = [re.findall(r"(?<![^.])\d+(?![^.])", site["name"]) for site in sites]
     keys = [
-        (site["tower"], digits[-1] if digits else str(site["index"]))
-        for site, digits in zip(sites, found, strict=True)
+        (site["tower"], digits[-1] if digits else str(site["index"])) for site, digits in zip(sites, found, strict=True)
     ]
     total, seen, labels = Counter(keys), Counter[tuple[Any, str]](), []
     for key in keys:

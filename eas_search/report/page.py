@@ -84,9 +84,7 @@ def render_page(data: PageData) -> str:
         payload={
             "points": points,
             "selected": str(chosen["number"]) if chosen else None,
-            "figures": {
-                name: {"light": _plain(figure), "dark": _plain(dark[name])} for name, figure in light.items()
-            },
+            "figures": {name: {"light": _plain(figure), "dark": _plain(dark[name])} for name, figure in light.items()},
         },
         plotly_js=get_plotlyjs(),
     )

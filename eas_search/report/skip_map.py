@@ -33,9 +33,7 @@ def skip_map(front: pd.DataFrame, sites: Sequence[Mapping[str, Any]], theme: The
         hoverinfo="text",
         row=1,
         col=1,
-        hovertext=[
-            f"{name}<br>redundancy {labels.number(r)}" for name, r in zip(names, redundancy, strict=True)
-        ],
+        hovertext=[f"{name}<br>redundancy {labels.number(r)}" for name, r in zip(names, redundancy, strict=True)],
     )
     figure.add_heatmap(
         z=skips,

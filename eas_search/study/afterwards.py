@@ -37,7 +37,7 @@ def open_study(run: Path, storage: str | None = None) -> tuple[Study, SearchSett
 
     if storage is None and not (run / "study.db").is_file():
         raise StorageError(
-            f"{str(run)!r} holds no study.db; expected the output folder of a search: run one first, or name its --storage"
+            f"{str(run)!r} holds no study.db; expected the output of a search: run one first, or name its --storage"
         )
     opened = open_storage(storage, run)
     names = [summary.study_name for summary in opened.get_all_studies()]
@@ -82,7 +82,9 @@ def export_trial(run: Path, number: int | None, output: Path | None, storage: st
     done = {trial.number: trial for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
     if number not in done:
         known = f"{min(done)} to {max(done)}" if done else "none yet"
-        raise ConfigError(f"trial {number} is not a completed trial of {str(run)!r}; expected one of {known}: see trials.csv")
+        raise ConfigError(
+            f"trial {number} is not a completed trial of {str(run)!r}; expected one of {known}: see trials.csv"
+        )
     folder = output or run / f"export-{number}"
     with only_writer(run):
         bench = Workbench.open(settings, None)
@@ -101,11 +103,13 @@ def evaluate_export(folder: Path, data: Path | None, limit: int | None) -> dict[
     """Accuracy and latency of an export, measured now, as (now, claimed) by name."""
     facts = about(folder)
     if not facts:
-        raise StorageError(f"export {str(folder)!r} names no task and base model; expected one from `eas-search export`")
+        raise StorageError(
+            f"export {str(folder)!r} names no task and base model; expected one from `eas-search export`"
+        )
     model = load_pretrained(folder)
     base, processor = load_model(facts["base_model"], "cpu", str(next(model.parameters()).dtype).removeprefix("torch."))
     task, claims = get_task(facts["task"], data), facts["claims"]
-    held_out = limit or int(facts["conditions"]["held-out samples"])
+    held_out = int(facts["conditions"]["held-out samples"]) if limit is None else limit
     split = task.encode(processor, task.examples("test", held_out))
     accuracy, low, high = accuracy_interval(correct_answers(model, split))
     validation = task.encode(processor, task.examples("validation", facts["latency_batch"]))
@@ -129,4 +133,3 @@ def evaluate_export(folder: Path, data: Path | None, limit: int | None) -> dict[
                 interval(*(claims[f"{key}{end}"] for end in ("", "_low", "_high"))),
             )
     return figures
-

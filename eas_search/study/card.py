@@ -18,8 +18,8 @@ tags: [eas, attention-skipping, efficient-inference]
 # {{ code(facts.base_model) }} without {{ skipped | length }} of its {{ total }} attentions
 
 {{ code(facts.base_model) }}, adapted to the task {{ code(facts.task) }} by
-[EAS](https://arxiv.org/abs/2403.15226). The attention of the layers below is not computed; a small adapter stands in and is
-folded into the feed-forward weights.
+[EAS](https://arxiv.org/abs/2403.15226). The attention of the layers below is not computed; a small adapter stands
+in and is folded into the feed-forward weights.
 
 | | this model | original, adapters only |
 |---|---|---|
@@ -44,14 +44,15 @@ import eas_search as eas
 model = eas.load_pretrained("path/to/this/folder")
 ```
 
-`model` is an ordinary `transformers` model: `generate`, KV cache and batching work as usual. `eas-search verify FOLDER` reloads
-it and compares it with the trained student; `eas-search evaluate FOLDER` repeats accuracy and latency.
+`model` is an ordinary `transformers` model: `generate`, KV cache and batching work as usual. `eas-search verify FOLDER`
+reloads it and compares it with the trained student; `eas-search evaluate FOLDER` repeats accuracy and latency.
 
 ## What was skipped
 
 {% for name in skipped %}- {{ code(name) }}
 {% endfor %}
-PIA of rank {{ config.pia_dim }}, placement {{ config.placement }}, router {{ config.router }}, pooling {{ config.pooling }}; \
+PIA of rank {{ config.pia_dim }}, placement {{ config.placement }}, router {{ config.router }}, \
+pooling {{ config.pooling }}; \
 light adapters of rank {{ config.adapter_dim }} on the kept attentions, merged.
 
 ## Conditions
@@ -81,9 +82,7 @@ def model_card(facts: Mapping[str, Any], skipped: Sequence[str], total: int, con
         config: the skip configuration.
     """
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)  # Markdown, see `_code`
-    environment.globals.update(
-        code=_code, pct=lambda share: f"{100 * share:.1f} %", num=lambda value: f"{value:.3f}"
-    )
+    environment.globals.update(code=_code, pct=lambda share: f"{100 * share:.1f} %", num=lambda value: f"{value:.3f}")
     return environment.from_string(_TEMPLATE).render(
         facts=facts, c=facts["claims"], b=facts["baseline"], skipped=skipped, total=total, config=config
     )

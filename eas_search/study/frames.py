@@ -111,7 +111,7 @@ def front_frame(
 def mark_chosen(front: pd.DataFrame, wanted: str, baseline_accuracy: float) -> pd.DataFrame:
     """Mark the preferred point of the front in column `chosen`.
 
-    The choice looks at *validation* accuracy, so that the held-out figure of the chosen point is not the best of several.
+    The choice looks at *validation* accuracy, so that the chosen point's held-out figure is not the best of several.
 
     Args:
         front: from `front_frame`.

@@ -22,7 +22,7 @@ from eas_search.objective import TrialResult
 from eas_search.search_space import SearchSpace
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
-from eas_search.study.storage import owner
+from eas_search.study.storage import owner, undisturbed
 
 MAX_FAILURES_IN_A_ROW = 3
 MAX_WORKERS_LOST = 2  # by one configuration, before it counts as a failure
@@ -65,22 +65,26 @@ class TrialLoop:
         Raises:
             TooManyFailures: three trials in a row failed.
         """
-        known = self._known()
+        with undisturbed():
+            known = self._known()
+            left = self.settings.budget - len(self.completed())
         pending: dict[Future[TrialResult], tuple[Trial, SkipConfig]] = {}
-        left = self.settings.budget - len(self.completed())
         while left > 0 or pending:
             while left > 0 and len(pending) < slots and not self._late():
                 left -= 1
-                trial, config = self._ask()
-                if config in known:  # proposed again: the same figures, no second evaluation
-                    self._tell(trial, config, known[config])
-                    continue
+                with undisturbed():
+                    trial, config = self._ask()
+                    if config in known:  # proposed again: the same figures, no second evaluation
+                        self._tell(trial, config, known[config])
+                        continue
                 pending[submit(config)] = (trial, config)
             if not pending:
                 return
             for future in wait(pending, return_when=FIRST_COMPLETED).done:
                 trial, config = pending.pop(future)
-                if self._finish(trial, config, future):
+                with undisturbed():
+                    finished = self._finish(trial, config, future)
+                if finished:
                     known[config] = future.result()
                 else:
                     left += 1
@@ -122,8 +126,8 @@ class TrialLoop:
             self.failures += 1
             if self.failures >= MAX_FAILURES_IN_A_ROW:
                 raise TooManyFailures(
-                    f"{self.failures} trials in a row failed, the last one with {cause}; expected them to finish: run again "
-                    "with --debug for the traceback; finished trials are kept"
+                    f"{self.failures} trials in a row failed, the last one with {cause}; expected them to finish: run "
+                    "again with --debug for the traceback; finished trials are kept"
                 ) from error
             return False
         self.failures = 0

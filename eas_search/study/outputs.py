@@ -24,8 +24,8 @@ from eas_search.workbench import Workbench
 PACKAGES = ("torch", "transformers", "optuna", "numpy", "pandas", "plotly", "joblib", "safetensors")
 INTERVAL_NOTES = (
     "Accuracy: held-out samples that no trial saw; Wilson's 95 % interval of a proportion.",
-    "Latency: every finalist and the original model timed in one interleaved run in random order; the 95 % interval says "
-    "where the ratio of a repeated measurement in another process falls.",
+    "Latency: every finalist and the original model timed in one interleaved run in random order; the 95 % interval "
+    "says where the ratio of a repeated measurement in another process falls.",
     "Trials show validation accuracy after a short fine-tune and a quick timing; finalists were re-trained equally and "
     "measured again.",
 )
@@ -42,7 +42,9 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
-        raise StorageError(f"{str(path)!r} cannot be written ({error.strerror}); free space or choose --output") from error
+        raise StorageError(
+            f"{str(path)!r} cannot be written ({error.strerror}); free space or choose --output"
+        ) from error
 
 
 def to_json(content: Any) -> str:

@@ -54,7 +54,9 @@ class PlainDisplay:
     _first_trial: tuple[float, int] | None = None
 
     def _say(self, text: str) -> None:
-        self.console.print(f"[{time.monotonic() - self.started:6.1f} s] {text}", markup=False, highlight=False, soft_wrap=True)
+        self.console.print(
+            f"[{time.monotonic() - self.started:6.1f} s] {text}", markup=False, highlight=False, soft_wrap=True
+        )
 
     def stage(self, text: str) -> None:
         """See `Display`."""

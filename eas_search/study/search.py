@@ -26,7 +26,7 @@ from eas_search.study import outputs
 from eas_search.study.frames import front_frame, mark_chosen, trials_frame
 from eas_search.study.loop import TrialLoop, run_here, run_in_workers
 from eas_search.study.progress import Display, TrialNews
-from eas_search.study.storage import load_or_create, only_writer, open_storage, prepare_output, reap
+from eas_search.study.storage import load_or_create, only_writer, open_storage, prepare_output, reap, undisturbed
 from eas_search.supernet import Supernet
 from eas_search.workbench import Workbench
 
@@ -79,7 +79,8 @@ def run_study(study: Study, settings: SearchSettings, folder: Path, display: Dis
             return _Search(study, settings, folder, display).run()
         except BaseException:
             # Also for Ctrl-C: whatever was under way fails and is queued again, nothing stays RUNNING.
-            reap(study)
+            with undisturbed():
+                reap(study)
             raise
 
 
@@ -105,8 +106,8 @@ class _Search:
             self.display.stage("Baseline: score, adapter-only fine-tune and latency of the unmodified model")
             baseline, adapted = baseline_stage(bench, stages, self.display.step)
             self.display.note(
-                f"Baseline: accuracy {baseline.zero_shot_accuracy:.3f} before, {baseline.accuracy:.3f} after adapter-only "
-                f"fine-tuning (held-out); prefill {1000 * baseline.prefill_s:.1f} ms"
+                f"Baseline: accuracy {baseline.zero_shot_accuracy:.3f} before, {baseline.accuracy:.3f} after "
+                f"adapter-only fine-tuning (held-out); prefill {1000 * baseline.prefill_s:.1f} ms"
             )
         with self._timed("supernet"):
             self.display.stage("Supernet: closed-form start, joint training, redundancy scores")
@@ -126,19 +127,16 @@ class _Search:
         try:
             yield
         finally:
-            wall_clock = dict(self.study.user_attrs.get("wall_clock", {}))
-            wall_clock[stage] = round(wall_clock.get(stage, 0.0) + time.perf_counter() - begin, 3)
-            self.study.set_user_attr("wall_clock", wall_clock)
+            with undisturbed():
+                wall_clock = dict(self.study.user_attrs.get("wall_clock", {}))
+                wall_clock[stage] = round(wall_clock.get(stage, 0.0) + time.perf_counter() - begin, 3)
+                self.study.set_user_attr("wall_clock", wall_clock)
 
-    def _trials(
-        self, bench: Workbench, supernet: Supernet, redundancy: list[float], deadline: float | None
-    ) -> int:
+    def _trials(self, bench: Workbench, supernet: Supernet, redundancy: list[float], deadline: float | None) -> int:
         budget = self.settings.budget
-        trials = self.study.get_trials(deepcopy=False)
-        if not trials:
-            for config in ranking_prefixes(bench.space, redundancy, max(1, budget // 3)):
-                self.study.enqueue_trial(bench.space.to_params(config), user_attrs={"origin": "ranking prefix"})
-        sampler = make_sampler(self.settings.sampler, bench.space, redundancy, self.settings.seed, len(trials))
+        with undisturbed():
+            known = self._queue_prefixes(bench, redundancy)
+        sampler = make_sampler(self.settings.sampler, bench.space, redundancy, self.settings.seed, known)
         self.study.sampler = sampler
         loop = TrialLoop(self.study, bench.space, sampler, self.settings, self._news, deadline)
         before = len(loop.completed())
@@ -150,6 +148,20 @@ class _Search:
                 with run_in_workers(self.settings, self.folder) as submit:
                     loop.run(submit, self.settings.jobs)
         return len(loop.completed())
+
+    def _queue_prefixes(self, bench: Workbench, redundancy: list[float]) -> int:
+        """Queue the ranking's prefixes that are not in the study yet; returns how many trials it had.
+
+        A kill may have come between two of them. Their number follows from the study's first budget, not from a later one.
+        """
+        trials = self.study.get_trials(deepcopy=False)
+        queued = [trial.system_attrs.get("fixed_params") for trial in trials]
+        first_budget = self.study.user_attrs["settings"]["budget"]
+        for config in ranking_prefixes(bench.space, redundancy, max(1, first_budget // 3)):
+            params = bench.space.to_params(config)
+            if params not in queued:
+                self.study.enqueue_trial(params, user_attrs={"origin": "ranking prefix"})
+        return len(trials)
 
     def _news(self, number: int, config: SkipConfig, result: TrialResult) -> None:
         done = trials_frame(self.study)
@@ -191,7 +203,7 @@ class _Search:
         figures = measure_finalists(bench, finalists, stages)
         return finalists, front_frame(finalists, figures, bench.sites)
 
-    def _hand_over(  # noqa: PLR0913  (every product of the stages goes into the files)
+    def _hand_over(  # every product of the stages goes into the files
         self,
         bench: Workbench,
         baseline: Baseline,
@@ -226,9 +238,7 @@ class _Search:
         write_page(page, folder / "pareto.html")
         return SearchResult(folder, completed, front, baseline, summary, completed >= self.settings.budget)
 
-    def _summary(
-        self, bench: Workbench, baseline: Baseline, front: pd.DataFrame, completed: int
-    ) -> dict[str, Any]:
+    def _summary(self, bench: Workbench, baseline: Baseline, front: pd.DataFrame, completed: int) -> dict[str, Any]:
         chosen = front[front["chosen"]].iloc[0]
         return {
             "study_name": self.study.study_name,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sqlite3
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,6 +66,22 @@ def only_writer(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Hold Ctrl-C back while the storage is in use: it would be left in a state in which nothing can be cleaned up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[tuple[Any, ...]] = []
+    before = signal.signal(signal.SIGINT, lambda *args: received.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before if before is not None else signal.SIG_DFL)
+    if received and callable(before):
+        before(*received[0])
+
+
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
     """The storage at `url`, or `study.db` in the output folder.
 
@@ -98,8 +116,8 @@ def _check_sqlite(path: Path) -> None:
         result = str(error)
     if result != "ok":
         raise StorageError(
-            f"study storage {str(path)!r} is damaged or not Optuna's ({result}); expected an Optuna SQLite file: restore a "
-            "copy, or move it away to start anew. Nothing was changed"
+            f"study storage {str(path)!r} is damaged or not Optuna's ({result}); expected a study: "
+            "restore a copy, or move it away to start anew. Nothing was changed"
         )
 
 
@@ -109,9 +127,7 @@ def load_or_create(storage: BaseStorage, name: str, settings: SearchSettings) ->
     Raises:
         StorageError: it exists with other settings or objectives.
     """
-    study = optuna.create_study(
-        storage=storage, study_name=name, directions=list(DIRECTIONS), load_if_exists=True
-    )
+    study = optuna.create_study(storage=storage, study_name=name, directions=list(DIRECTIONS), load_if_exists=True)
     if [direction.name.lower() for direction in study.directions] != list(DIRECTIONS):
         raise StorageError(
             f"study {name!r} has directions {[d.name.lower() for d in study.directions]}; expected {list(DIRECTIONS)}: "
@@ -126,8 +142,8 @@ def load_or_create(storage: BaseStorage, name: str, settings: SearchSettings) ->
         study.set_user_attr("fingerprint", settings.fingerprint())
     elif known != settings.fingerprint():
         raise StorageError(
-            f"study {name!r} was made with other settings ({_first_difference(study, settings)}); expected the same ones "
-            "to resume: repeat them, or choose another --output"
+            f"study {name!r} was made with other settings ({_first_difference(study, settings)}); expected the "
+            "same ones to resume: repeat them, or choose another --output"
         )
     return study
 

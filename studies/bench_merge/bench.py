@@ -1,6 +1,6 @@
 """What a merged PIA costs: merged student / the same model with those attentions deleted and nothing in their place.
 
-    python studies/bench_merge/bench.py [--quick]
+python studies/bench_merge/bench.py [--quick]
 """
 
 from __future__ import annotations
@@ -65,7 +65,13 @@ def main() -> None:
             phase["baseline"].pop("samples")
         table.add_row(*cells)
     Console().print(table)
-    content = {"seed": config["seed"], "quick": quick, "config": config, "conditions": report.conditions, "ratios": rows}
+    content = {
+        "seed": config["seed"],
+        "quick": quick,
+        "config": config,
+        "conditions": report.conditions,
+        "ratios": rows,
+    }
     print("wrote", write_result(HERE, "quick" if quick else "full", content, bench.hardware).name)
 
 

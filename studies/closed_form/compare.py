@@ -15,10 +15,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from eas_search.context import question_mask
 from eas_search.settings import SearchSettings
 from eas_search.skipping import apply_skips
 from eas_search.supernet import Supernet
-from eas_search.training import correct_answers, fine_tune
+from eas_search.training import correct_answers, fine_tune, seeded
 from eas_search.warm_start import calibrate
 from eas_search.workbench import Workbench
 
@@ -34,33 +35,47 @@ def main() -> None:
         model=config["model"], task=config["task"], seed=config["seed"], samples={"test": config["test"]}
     )
     bench = Workbench.open(settings)
-    adapted = apply_skips(bench.model, settings.student)
+    with seeded(config["seed"]):
+        adapted = apply_skips(bench.model, settings.student)
     fine_tune(adapted, bench.splits["train"], settings.baseline, config["seed"])
+    dims = {"weighted": config["pia_dim"], "unweighted": config["pia_dim"], "deletion": 0}
     supernets = {
-        "closed form": Supernet(
-            bench.model, bench.sites, settings.student.model_copy(update={"pia_dim": config["pia_dim"]})
-        ),
-        "deletion": Supernet(bench.model, bench.sites, settings.student.model_copy(update={"pia_dim": 0})),
+        name: Supernet(bench.model, bench.sites, settings.student.model_copy(update={"pia_dim": dim}))
+        for name, dim in dims.items()
     }
     for supernet in supernets.values():
         supernet.take_light_adapters(adapted)
     samples = bench.splits["train"].subset(config["calibration"])
-    moments = calibrate(supernets["closed form"].model, bench.sites, samples.batches(64))
-    supernets["closed form"].warm_start(moments)
+    batches = {"weighted": list(samples.batches(64))}
+    batches["unweighted"] = [
+        {
+            **{key: value for key, value in batch.items() if key != "labels"},
+            "prompt_mask": question_mask(batch["labels"]),
+        }
+        for batch in batches["weighted"]
+    ]
+    for name, calibration in batches.items():
+        supernets[name].warm_start(calibrate(supernets[name].model, bench.sites, calibration))
     intact = correct_answers(adapted, bench.splits["test"]).float().mean().item()
 
-    def score(skip: tuple[int, ...], placement: str | None) -> float:
-        supernet = supernets["deletion" if placement is None else "closed form"]
+    def score(skip: tuple[int, ...], start: str, placement: str) -> float:
+        supernet = supernets[start]
         supernet.set_skips(skip, placement)  # type: ignore[arg-type]
         return correct_answers(supernet.model, bench.splits["test"]).float().mean().item()
 
     rng = np.random.default_rng(config["seed"])
-    columns = {"deletion": None, "ffn": "ffn", "residual": "residual", "parallel": "parallel"}
+    columns = {
+        "deletion": ("deletion", "parallel"),
+        "ffn": ("weighted", "ffn"),
+        "residual": ("weighted", "residual"),
+        "parallel": ("weighted", "parallel"),
+        "parallel, unweighted fit": ("unweighted", "parallel"),
+    }
     rows = []
     for size in config["skipped"]:
         for _ in range(config["sets_per_size"]):
             skip = tuple(sorted((1 + rng.choice(len(bench.sites) - 1, size=size, replace=False)).tolist()))
-            rows.append({"skip": skip, **{name: score(skip, placement) for name, placement in columns.items()}})
+            rows.append({"skip": skip, **{name: score(skip, *how) for name, how in columns.items()}})
     table = Table(title=f"Held-out accuracy before any training of PIAs; nothing skipped: {intact:.3f}")
     table.add_column("skipped")
     for name in columns:

@@ -27,6 +27,7 @@ from eas_search.settings import SearchSettings, SpaceSettings
 from eas_search.skip_config import SkipConfig
 from eas_search.study.progress import PlainDisplay
 
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaVA of 4 text and 2 vision layers, width 32, briefly trained so that its answers are not all wrong."""
@@ -179,4 +180,3 @@ def fake_result() -> Callable[..., TrialResult]:
         return TrialResult(accuracy, latency, latency - 0.01, latency + 0.01, 0.0, 64, 1000, 2000, 0.1, "cpu")
 
     return evaluate
-

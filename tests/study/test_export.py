@@ -79,7 +79,9 @@ def test_what_is_loaded_answers_like_what_was_saved(
     for ours, theirs in zip(answers(loaded, base.prompts), answers(saved, base.prompts), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
     if merged:
-        torch.testing.assert_close(answers(loaded, base.prompts)[0], answers(student, base.prompts)[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            answers(loaded, base.prompts)[0], answers(student, base.prompts)[0], atol=1e-4, rtol=0
+        )
 
 
 def test_a_fresh_process_gets_the_same_answers(
@@ -111,9 +113,9 @@ def test_generation_with_left_padding_equals_generation_one_by_one(export: Path,
 
 
 def test_ties_and_precision_survive(base: SimpleNamespace, tmp_path: Path) -> None:
-    tied = type(base.model)(base.model.config.__class__(**{**base.model.config.to_dict(), "tie_word_embeddings": True}))
-    tied = tied.bfloat16().eval()
-    tied.tie_weights()
+    config = type(base.model.config)(**{**base.model.config.to_dict(), "tie_word_embeddings": True})
+    tied = type(base.model)._from_config(config, dtype=torch.bfloat16).eval()
+    assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
     student = eas.merge(trained(tied, CONFIGS["default"])).eval()
     eas.save_pretrained(student, tmp_path)
     loaded: Any = eas.load_pretrained(tmp_path)

@@ -9,11 +9,14 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import psutil
 import pytest
 from optuna.trial import TrialState
+
+from eas_search.settings import SearchSettings
 
 Start = Callable[..., "subprocess.Popen[str]"]
 BUDGET = 6
@@ -30,7 +33,14 @@ def stored(output: Path) -> list[optuna.trial.FrozenTrial]:
 
 
 def completed(output: Path) -> dict[int, tuple[list[float], dict[str, int]]]:
-    return {trial.number: (trial.values, trial.params) for trial in stored(output) if trial.state == TrialState.COMPLETE}
+    return {
+        trial.number: (trial.values, trial.params) for trial in stored(output) if trial.state == TrialState.COMPLETE
+    }
+
+
+def accuracies(trials: list[optuna.trial.FrozenTrial]) -> list[tuple[list[tuple[str, int]], float]]:
+    """(parameters, accuracy) of the completed trials; a trial that was interrupted may come later than it would have."""
+    return sorted((sorted(t.params.items()), t.values[0]) for t in trials if t.state == TrialState.COMPLETE)
 
 
 def wait_for(process: subprocess.Popen[str], text: str) -> None:
@@ -41,13 +51,19 @@ def wait_for(process: subprocess.Popen[str], text: str) -> None:
     raise AssertionError(f"{text!r} was never said: {process.communicate()[1]}")
 
 
-def test_killing_a_search_three_times_loses_no_trial(start: Start, study_file: Path, tmp_path: Path) -> None:
+def test_killing_a_search_three_times_loses_no_trial_and_changes_none(
+    start: Start,
+    study_file: Path,
+    tmp_path: Path,
+    search: Callable[..., SimpleNamespace],
+    make_settings: Callable[..., SearchSettings],
+) -> None:
     output, chance = tmp_path / "run", random.Random(0)
     seen: dict[int, tuple[list[float], dict[str, int]]] = {}
     for news in ("Baseline:", f"/{BUDGET}:", f"/{BUDGET}:"):
         process = start(*command(study_file, output))
         wait_for(process, news)
-        time.sleep(chance.uniform(0, 0.6))
+        time.sleep(chance.uniform(0, 0.1))
         process.kill()
         process.communicate()
         now = completed(output)
@@ -63,8 +79,8 @@ def test_killing_a_search_three_times_loses_no_trial(start: Start, study_file: P
     states = [trial.state for trial in stored(output)]
     assert states.count(TrialState.COMPLETE) == BUDGET
     assert set(states) <= {TrialState.COMPLETE, TrialState.FAIL}
-    params = [params for _, params in completed(output).values()]
-    assert all(trial.params in params for trial in stored(output))  # what was interrupted was done again
+    straight = search(make_settings(budget=BUDGET), tmp_path / "straight")
+    assert accuracies(stored(output)) == accuracies(straight.study.trials)
 
 
 @pytest.mark.parametrize("moment", ["supernet: ", "/500:"])
@@ -79,7 +95,7 @@ def test_ctrl_c_ends_within_seconds_says_how_to_resume_and_cleans_up(
     process.send_signal(signal.SIGINT)
     _, complaints = process.communicate(timeout=60)
     worked = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - earlier - used
-    assert worked < 2  # seconds of its own, so that a busy machine does not matter
+    assert worked < 3  # seconds of its own, so that a busy machine does not matter
     assert time.monotonic() - before < 15
     assert process.returncode == 130
     assert "Traceback" not in complaints

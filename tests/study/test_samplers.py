@@ -38,9 +38,7 @@ def play(study: optuna.Study, space: SearchSpace, result: Fake, rounds: int, noi
 
 def known(space: SearchSpace, config: SkipConfig, accuracy: float, state: Any = TrialState.COMPLETE) -> FrozenTrial:
     values = [accuracy, 1.0] if state == TrialState.COMPLETE else None
-    return create_trial(
-        state=state, params=space.to_params(config), distributions=space.distributions(), values=values
-    )
+    return create_trial(state=state, params=space.to_params(config), distributions=space.distributions(), values=values)
 
 
 def test_ranking_prefixes_are_nested_and_start_with_the_most_redundant_sites(small_space: SearchSpace) -> None:
@@ -136,7 +134,9 @@ def test_moves_do_what_their_names_say(small_space: SearchSpace, move: str) -> N
     assert len(dressed) == (6 if move == "dress" else 1)
 
 
-@pytest.mark.parametrize(("move", "skip"), [("grow", (0, 1, 2, 3, 4, 7)), ("shrink", (4,)), ("shrink", ()), ("dress", ())])
+@pytest.mark.parametrize(
+    ("move", "skip"), [("grow", (0, 1, 2, 3, 4, 7)), ("shrink", (4,)), ("shrink", ()), ("dress", ())]
+)
 def test_a_move_that_is_impossible_gives_nothing(small_space: SearchSpace, move: str, skip: tuple[int, ...]) -> None:
     sampler = FrontSampler(small_space, REDUNDANCY, 0)
     assert sampler._apply(move, small_space.config(skip), np.random.default_rng(0)) is None
@@ -159,7 +159,11 @@ def test_redundant_sites_are_added_first_and_removed_last(small_space: SearchSpa
 
 def test_only_the_front_of_accuracy_and_size_has_children(small_space: SearchSpace) -> None:
     good, bad = small_space.config([2, 4]), small_space.config([1])
-    trials = [known(small_space, good, 0.9), known(small_space, bad, 0.5), known(small_space, small_space.config([0, 3]), 0.6)]
+    trials = [
+        known(small_space, good, 0.9),
+        known(small_space, bad, 0.5),
+        known(small_space, small_space.config([0, 3]), 0.6),
+    ]
     sampler, rng = FrontSampler(small_space, REDUNDANCY, 0), np.random.default_rng(1)
     for _ in range(100):
         config, origin = sampler.propose(trials, rng)

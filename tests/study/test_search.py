@@ -98,7 +98,7 @@ def test_the_summary_says_with_what_and_where_it_was_measured(finished: SimpleNa
 def test_the_page_needs_nothing_but_itself(finished: SimpleNamespace) -> None:
     page = (finished.folder / "pareto.html").read_text(encoding="utf-8")
     assert "default-src 'none'" in page
-    assert not any(mark in page for mark in ("<script src", "<link rel=\"stylesheet", "<img src=\"http"))
+    assert not any(mark in page for mark in ("<script src", '<link rel="stylesheet', '<img src="http'))
 
 
 def test_the_python_interface_gives_the_same_as_the_files(finished: SimpleNamespace) -> None:

@@ -1,0 +1,236 @@
+"""The command line: its verbs, and one line on standard error for everything a user can get wrong."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from eas_search import cli, run
+from eas_search.study.outputs import read_json
+
+Said = SimpleNamespace  # code, out, err
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """A function that types a command: `call("run", "--budget", 3)`; "run" is `python -m eas_search.run`."""
+
+    def typed(verb: str, *args: object) -> Said:
+        words = [str(arg) for arg in args]
+        main, argv = (run.main, ["run.py", *words]) if verb == "run" else (cli.main, ["eas-search", verb, *words])
+        monkeypatch.setattr(sys, "argv", argv)
+        monkeypatch.setattr(run.console, "width", 200)
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=end.value.code, out=out, err=err)
+
+    return typed
+
+
+Call = Callable[..., Said]
+
+WRONG_FLAGS = [
+    (["--model", "no/such/folder/x"], ["no/such/folder/x", "existing model folder"]),
+    (["--model", "/nowhere"], ["/nowhere", "existing model folder"]),
+    (["--task", "digit-vqa"], ["digit-vqa", "did you mean 'digits-vqa'?"]),
+    (["--task", "soccer"], ["soccer", "expected one of digits-vqa"]),
+    (["--data", "somewhere"], ["somewhere", "leave out --data"]),
+    (["--budget", "0"], ["--budget is 0", "1 or more"]),
+    (["--budget", "-3"], ["-3", "1 or more"]),
+    (["--budget", "abc"], ["--budget abc", "integer", "--help"]),
+    (["--seed", "-1"], ["seed", "-1", "greater than or equal to 0"]),
+    (["--jobs", "0"], ["jobs", "0", "greater than or equal to 1"]),
+    (["--sampler", "cma-es"], ["cma-es", "'eas'"]),
+    (["--dtype", "int4"], ["int4", "'float32'"]),
+    (["--prefer", "nonsense"], ["nonsense", "accuracy=0.99"]),
+    (["--prefer", "accuracy=2"], ["accuracy=2", "between 0 and 1"]),
+    (["--prefer", "accuracy=nan"], ["accuracy=nan", "between 0 and 1"]),
+    (["--time-limit", "0"], ["time_limit", "greater than 0"]),
+    (["--device", "abacus"], ["abacus", "'cpu'"]),
+    (["--device", "cuda:77"], ["cuda:77", "'cpu'"]),
+    (["--device", "meta"], ["meta", "'cpu'"]),
+    (["--storage", "nonsense"], ["nonsense", "storage URL"]),
+    (["--config", "none.yaml"], ["none.yaml", "check the path"]),
+    (["--output", "a-file/run"], ["a-file/run", "choose another --output"]),
+    (["--no-such-flag"], ["--no-such-flag"]),
+    (["--budget"], ["--budget"]),
+]
+WRONG_FILES = [
+    ("budget: [1", ["study.yaml", "line 1", "budget: 50"]),
+    ("- budget\n- 3\n", ["study.yaml", "list", "name: value"]),
+    ("just words", ["study.yaml", "str", "name: value"]),
+    ("bugdet: 3", ["bugdet", "did you mean 'budget'?"]),
+    ("trial: {step: 3}", ["trial.step", "did you mean 'steps'?"]),
+    ("colour: red", ["colour", "expected one of model"]),
+    ("1: 2", ["1 is not a setting"]),
+    ("budget: many", ["budget", "many", "integer"]),
+    ("space: {towers: [audio]}", ["towers", "audio", "'text'"]),
+    ("space: {pia_dims: [3]}", ["pia_dims holds 3", "multiples of student.groups = 2"]),
+    ("space: {placements: []}", ["placements", "at least one"]),
+    ("student: {skip: [1]}", ["student.skip must stay empty"]),
+    ("student: {pooling: max}", ["pooling", "max", "'prompt'"]),
+    ("student: {pooling: all}", ["pooling", "'prompt'"]),
+    ("trial_latency: {rounds: 1}", ["rounds", "1", "greater than or equal to 3"]),
+    ("data: !!python/object/apply:os.system ['touch hacked']", ["study.yaml", "line 1"]),
+    ("model: [1]", ["model", "string"]),
+]
+
+
+def assert_refused(said: Said, named: list[str]) -> None:
+    assert said.code == 2, said.err
+    assert len(said.err.splitlines()) == 1, said.err
+    assert said.err.startswith("eas-search: ")
+    for words in named:
+        assert words in said.err
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder with a file in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a-file").write_text("x", encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("flags", "named"), WRONG_FLAGS, ids=[" ".join(flags) for flags, _ in WRONG_FLAGS])
+def test_a_wrong_flag_is_one_line_with_value_and_cure(
+    call: Call, place: Path, tiny_model: Path, flags: list[str], named: list[str]
+) -> None:
+    model = [] if "--model" in flags else ["--model", tiny_model]
+    assert_refused(call("run", *model, *flags), named)
+
+
+@pytest.mark.parametrize(("content", "named"), WRONG_FILES, ids=[content.strip() for content, _ in WRONG_FILES])
+def test_a_wrong_study_file_is_one_line_with_value_and_cure(
+    call: Call, place: Path, tiny_model: Path, content: str, named: list[str]
+) -> None:
+    (place / "study.yaml").write_text(content, encoding="utf-8")
+    model = [] if content.startswith("model") else ["--model", tiny_model]
+    assert_refused(call("run", "--config", "study.yaml", *model), named)
+    assert not (place / "hacked").exists()
+
+
+def test_flags_win_over_the_study_file(call: Call, place: Path) -> None:
+    (place / "study.yaml").write_text("budget: 3\nseed: 5\n", encoding="utf-8")
+    assert_refused(call("run", "--config", "study.yaml", "--budget", 0), ["--budget is 0"])
+    assert_refused(call("run", "--config", "study.yaml", "--task", "x"), ["task 'x'"])
+
+
+def test_a_name_never_becomes_a_path(place: Path) -> None:
+    for name in ("../../up", "a/b", "  ", "..", "/etc", "x\ny"):
+        settings, found = run._settle({}, None, None, name, None)
+        assert settings.model == "demo"
+        assert found.study_name == name
+        assert found.output.parent == Path("runs")
+        assert found.output.name not in ("", ".", "..")
+
+
+@pytest.mark.parametrize("verb", ["run", "report", "export"])
+def test_a_damaged_storage_is_one_line_and_stays_as_it_is(
+    call: Call, finished_copy: Path, study_file: Path, verb: str
+) -> None:
+    database = finished_copy / "study.db"
+    database.write_bytes(database.read_bytes()[:9000])
+    before = database.read_bytes()
+    args = ("--config", study_file, "--output", finished_copy) if verb == "run" else (finished_copy,)
+    assert_refused(call(verb, *args), ["study.db", "restore a copy"])
+    assert database.read_bytes() == before
+
+
+def test_resuming_with_other_settings_names_the_difference(call: Call, finished_copy: Path, study_file: Path) -> None:
+    name = ("--study-name", "tiny")
+    said = call("run", "--config", study_file, "--output", finished_copy, "--seed", 7, *name)
+    assert_refused(said, ["seed: 0 then, 7 now", "--output"])
+
+
+@pytest.mark.parametrize("verb", ["report", "export", "verify", "evaluate"])
+def test_a_folder_that_is_none_is_one_line_with_the_cure(call: Call, place: Path, verb: str) -> None:
+    (place / "empty").mkdir()
+    assert_refused(call(verb, "empty"), ["empty", "expected"])
+    assert_refused(call(verb, "missing"), ["missing", "expected"])
+    assert_refused(call(verb), ["Missing argument"])
+
+
+def test_a_trial_that_does_not_exist_is_one_line(call: Call, finished: SimpleNamespace) -> None:
+    assert_refused(call("export", finished.folder, "--trial", 99), ["trial 99", "0 to 4", "trials.csv"])
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_an_evaluation_of_no_samples_is_one_line(call: Call, finished: SimpleNamespace, limit: int) -> None:
+    assert_refused(call("evaluate", finished.folder / "export", "--limit", limit), [str(limit)])
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--task", "soccer", "--debug"])
+    with pytest.raises(run.EasSearchError, match="soccer"):
+        run.main()
+
+
+def test_sites_are_listed_without_loading_weights(call: Call, tiny_model: Path, tmp_path: Path) -> None:
+    said = call("sites", "--model", tiny_model)
+    assert said.code == 0
+    assert "6 attention sites of LlavaForConditionalGeneration" in said.out
+    assert said.out.count("self_attn") == 6
+    (tmp_path / "bare").mkdir()
+    shutil.copy(tiny_model / "config.json", tmp_path / "bare")
+    assert call("sites", "--model", tmp_path / "bare").out == said.out
+    assert_refused(call("sites", "--model", "/nowhere"), ["/nowhere"])
+
+
+def test_report_writes_table_and_page_again(call: Call, finished_copy: Path) -> None:
+    before = pd.read_csv(finished_copy / "trials.csv")
+    for name in ("trials.csv", "pareto.html"):
+        (finished_copy / name).unlink()
+    said = call("report", finished_copy)
+    assert said.code == 0, said.err
+    pd.testing.assert_frame_equal(pd.read_csv(finished_copy / "trials.csv"), before)
+    assert "plotly" in (finished_copy / "pareto.html").read_text(encoding="utf-8")
+
+
+def test_another_trial_can_be_exported_verified_and_evaluated(
+    call: Call, finished_copy: Path, finished: SimpleNamespace
+) -> None:
+    chosen = finished.result.summary["chosen"]
+    number = next(trial.number for trial in finished.study.trials if trial.number != chosen)
+    said = call("export", finished_copy, "--trial", number)
+    assert said.code == 0, said.err
+    folder = finished_copy / f"export-{number}"
+    assert read_json(folder / "eas_config.json")["about"]["trial"] == number
+    said = call("verify", folder)
+    assert said.code == 0
+    assert "is what was trained" in said.out
+    said = call("evaluate", folder, "--limit", 32)
+    assert said.code == 0, said.err
+    accuracy = f"{read_json(folder / 'eas_config.json')['about']['claims']['accuracy']:.4f}"
+    assert said.out.count(accuracy) == 2  # now and claimed: the same held-out samples
+
+
+def test_the_first_line_appears_before_torch_is_loaded(environment: dict[str, str]) -> None:
+    code = "import sys, eas_search.run, eas_search.cli; print(sorted({'torch', 'transformers', 'plotly'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_search_from_the_command_line_reaches_its_budget_or_says_how_to_go_on(
+    call: Call, study_file: Path, finished_copy: Path, tmp_path: Path
+) -> None:
+    command = ("--config", study_file, "--output", tmp_path / "new", "--budget", 3)
+    cut = call("run", *command, "--time-limit", 0.001)
+    assert (cut.code, cut.err) == (2, cut.err)
+    assert "raise --time-limit" in cut.err
+    full = call("run", *command, "--study-name", "x")
+    assert full.code == 0, full.err
+    assert "Pareto front" in full.out
+    assert "3 trials in" in full.out
+    assert full.err == ""
+    more = call("run", *command[:-1], 9, "--study-name", "x", "--time-limit", 0.001)
+    assert more.code == 1
+    assert "Stopped at 3 of 9 trials" in more.out
