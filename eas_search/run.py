@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -163,22 +164,27 @@ def this_command() -> str:
 
 def show_result(result: SearchResult) -> None:
     """The closing table: the front, fastest first, and where everything is."""
+    from eas_search.report.labels import runs
+
     baseline = result.baseline
-    table = Table(title="Pareto front (held-out accuracy, merged models timed side by side)", title_justify="left")
-    for heading in ("", "trial", "skipped", "PIA", "accuracy", "prefill", "decode", "KV cache"):
-        table.add_column(heading, justify="left" if heading in ("", "skipped", "PIA") else "right", overflow="fold")
-    kv, decode = baseline.kv_bytes, baseline.decode_s is not None
-    table.add_row(
-        "", "baseline", "none", "", f"{100 * baseline.accuracy:.1f} %", "1.00×", "1.00×" if decode else "", "100 %"
+    table = Table(
+        title="Pareto front: held-out accuracy, merged models timed side by side", title_justify="left", box=SIMPLE
     )
+    right = ("accuracy", "prefill", "95 %", "decode", "KV")
+    for heading in ("", "trial", "skipped", "PIA", *right):
+        table.add_column(heading, justify="right" if heading in right else "left", no_wrap=True)
+    kv, decode = baseline.kv_bytes, baseline.decode_s is not None
+    reference = (f"{100 * baseline.accuracy:.1f} %", "1.00×", "", "1.00×" if decode else "", "100 %" if kv else "")
+    table.add_row("", "baseline", "none", "", *reference)
     for row in result.front[result.front["on_front"]].to_dict("records"):
         table.add_row(
             "★" if row["chosen"] else "",
             str(row["number"]),
-            f"{len(row['skip'])}: {' '.join(map(str, row['skip']))}",
-            f"{row['placement']} r={row['pia_dim']}" if row["skip"] else "",
+            f"{len(row['skip'])}: {' '.join(runs(row['skip']))}",
+            f"{row['placement']} {row['pia_dim']}" if row["skip"] else "",
             f"{100 * row['accuracy']:.1f} %",
-            f"{1 / row['latency']:.2f}× ({1 / row['latency_high']:.2f}–{1 / row['latency_low']:.2f})",
+            f"{1 / row['latency']:.2f}×",
+            f"{1 / row['latency_high']:.2f}–{1 / row['latency_low']:.2f}",
             f"{1 / row['decode_latency']:.2f}×" if decode and row["decode_latency"] else "",
             f"{100 * row['kv_bytes'] / kv:.0f} %" if kv else "",
         )

@@ -105,7 +105,7 @@ class SearchSettings(_Group):
     supernet: SupernetSettings = SupernetSettings()
     trial: FineTuneConfig = FineTuneConfig(steps=8, learning_rate=3e-3)
     final: FineTuneConfig = FineTuneConfig(steps=60, learning_rate=5e-3)
-    finalists: int = Field(default=10, ge=1)
+    finalists: int = Field(default=12, ge=1)
     latency_batch: int = Field(default=8, ge=1)
     trial_latency: LatencyConfig = LatencyConfig.fast()
     final_latency: LatencyConfig = LatencyConfig()

@@ -60,8 +60,8 @@ def calibrate(
     """Moments of every site of `model` over calibration batches, by site name.
 
     A token counts as much as the task's loss depends on it: its weight is the norm of the loss's gradient with respect
-    to the residual stream behind the attention, ‖∂L/∂(x + attention)‖. Most tokens of a deep layer do not matter any more;
-    an unweighted fit spends its rank on them (`studies/closed_form` compares the two).
+    to the residual stream behind the attention, ‖∂L/∂(x + attention)‖. Most tokens of a deep layer do not matter any
+    more; an unweighted fit spends its rank on them (`studies/closed_form` compares the two).
 
     Args:
         model: a supernet's model that skips nothing, or a student with light adapters at these sites.

@@ -113,3 +113,11 @@ def test_prefer_names_the_best_there_is() -> None:
 def test_lengths_must_agree() -> None:
     with pytest.raises(ValueError, match="size"):
         non_dominated([0.1, 0.2], [0.3])
+
+
+def test_the_baseline_keeps_the_most_accurate_point_in_the_running() -> None:
+    """Without the baseline an end of the front cannot win; here it is nearly as accurate as all others and fast."""
+    accuracy, latency = [0.28, 0.41, 0.73, 0.9625], [0.653, 0.660, 0.689, 0.700]
+    assert knee_point(accuracy, latency) == 1
+    assert knee_point(accuracy, latency, baseline=(0.97, 1.0)) == 3
+    assert knee_point([0.96], [0.7], baseline=(0.97, 1.0)) == 0

@@ -65,13 +65,16 @@ def hypervolume(accuracy: ArrayLike, latency: ArrayLike, reference: tuple[float,
     return float(moocore.hypervolume(points[finite], ref=reference, maximise=_MAXIMISE))
 
 
-def knee_point(accuracy: ArrayLike, latency: ArrayLike) -> int:
+def knee_point(accuracy: ArrayLike, latency: ArrayLike, baseline: tuple[float, float] | None = None) -> int:
     """Index of the point with the best compromise: the one that bulges furthest from the chord of the front.
 
     Dominated points are set aside, both objectives of the others are scaled to [0, 1], and the distance is
     measured from the straight line through the most accurate and the fastest point, towards the ideal corner.
     A front of one point gives that point.  Of equal distances the more accurate point wins; so does it when
     there are two points, and when every inner point lies on the wrong side of the chord.
+
+    With a `baseline` (accuracy, latency) the scales reach to it and it takes part as an end of the chord, but it is
+    never the answer.  Without it the most accurate point is an end itself and cannot win, however good it is.
 
     Raises:
         ConfigError: no point is finite, so there is nothing to choose from.
@@ -83,14 +86,16 @@ def knee_point(accuracy: ArrayLike, latency: ArrayLike) -> int:
         raise ConfigError(f"no knee point among {len(points)} points: none is finite; run more trials")
     # Most accurate first, so that argmax settles ties in its favour.
     front = front[np.argsort(-points[front, 0])]
-    if front.size < 3:
+    ends = points[front] if baseline is None else np.vstack([points[front], baseline])
+    if len(ends) < 3:
         return int(front[0])
-    loss = points[front, 0].max() - points[front, 0]
-    time = points[front, 1] - points[front, 1].min()
+    loss = ends[:, 0].max() - points[front, 0]
+    time = points[front, 1] - ends[:, 1].min()
     # In scaled losses the chord runs from (0, 1) to (1, 0).  The constant 1/√2 does not change which is
     # largest; rounding keeps points on the chord from being preferred for their last bit.
-    distance = np.round(1.0 - loss / loss.max() - time / time.max(), 12)
-    return int(front[np.argmax(distance)])
+    loss_range, time_range = np.ptp(ends[:, 0]), np.ptp(ends[:, 1])
+    distance = 1.0 - loss / (loss_range or 1.0) - time / (time_range or 1.0)
+    return int(front[np.argmax(np.round(distance, 12))])
 
 
 def prefer(accuracy: ArrayLike, latency: ArrayLike, minimum_accuracy: float) -> int:

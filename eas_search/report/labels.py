@@ -114,7 +114,7 @@ def skip_text(skip: Sequence[int], sites: Sequence[Mapping[str, Any]]) -> str:
     for index in sorted(skip):
         groups.setdefault(str(sites[index]["tower"]), []).append(index)
     short = site_labels(sites)
-    texts = {tower: ", ".join(_runs(members, short)) for tower, members in groups.items()}
+    texts = {tower: ", ".join(runs(members, short)) for tower, members in groups.items()}
     if len({site["tower"] for site in sites}) == 1:
         return next(iter(texts.values()))
     return " · ".join(f"{tower} {text}" for tower, text in texts.items())
@@ -139,15 +139,13 @@ def hover(row: Mapping[Any, Any], sites: Sequence[Mapping[str, Any]], split: str
     return "<br>".join(lines)
 
 
-def _runs(indexes: Sequence[int], short: Sequence[str]) -> list[str]:
-    """Labels of ascending `indexes`, with three or more neighbours in a row as "first–last"."""
-    runs: list[list[int]] = []
+def runs(indexes: Sequence[int], short: Sequence[str] | None = None) -> list[str]:
+    """Labels of ascending `indexes` (None: the numbers), with three or more neighbours in a row as "first–last"."""
+    rows: list[list[int]] = []
     for index in indexes:
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
+        if rows and index == rows[-1][-1] + 1:
+            rows[-1].append(index)
         else:
-            runs.append([index])
-    texts: list[str] = []
-    for run in runs:
-        texts += [f"{short[run[0]]}–{short[run[-1]]}"] if len(run) > 2 else [short[index] for index in run]
-    return texts
+            rows.append([index])
+    names = [[str(index) if short is None else short[index] for index in row] for row in rows]
+    return [text for row in names for text in ([f"{row[0]}–{row[-1]}"] if len(row) > 2 else row)]

@@ -124,7 +124,7 @@ def mark_chosen(front: pd.DataFrame, wanted: str, baseline_accuracy: float) -> p
     candidates = front[front["on_front"]]
     accuracy, latency = candidates["validation_accuracy"].to_list(), candidates["latency"].to_list()
     if wanted == "knee":
-        position = knee_point(accuracy, latency)
+        position = knee_point(accuracy, latency, (baseline_accuracy, 1.0))
     else:
         position = prefer(accuracy, latency, float(wanted.partition("=")[2]) * baseline_accuracy)
     marked = front.assign(chosen=False)

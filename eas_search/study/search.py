@@ -152,7 +152,7 @@ class _Search:
     def _queue_prefixes(self, bench: Workbench, redundancy: list[float]) -> int:
         """Queue the ranking's prefixes that are not in the study yet; returns how many trials it had.
 
-        A kill may have come between two of them. Their number follows from the study's first budget, not from a later one.
+        A kill may have come between two of them. Their number follows from the study's first budget, not a later one.
         """
         trials = self.study.get_trials(deepcopy=False)
         queued = [trial.system_attrs.get("fixed_params") for trial in trials]

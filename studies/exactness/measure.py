@@ -73,7 +73,7 @@ def logits(model: Any, inputs: dict[str, Tensor], new: Tensor, cached: bool) -> 
 
 
 def started_supernet(bench: Workbench, adapted: nn.Module, config: SkipConfig) -> Supernet:
-    """A supernet as the search starts it: light adapters of the baseline, PIAs in closed form, routers that do route."""
+    """A supernet as the search starts it: trained light adapters, PIAs in closed form, and routers that do route."""
     supernet = Supernet(bench.model, bench.sites, config)
     if config.adapter_dim > 0:
         supernet.take_light_adapters(adapted)

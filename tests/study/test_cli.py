@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -214,7 +215,8 @@ def test_another_trial_can_be_exported_verified_and_evaluated(
 
 
 def test_the_first_line_appears_before_torch_is_loaded(environment: dict[str, str]) -> None:
-    code = "import sys, eas_search.run, eas_search.cli; print(sorted({'torch', 'transformers', 'plotly'} & set(sys.modules)))"
+    heavy = "{'torch', 'transformers', 'plotly'}"
+    code = f"import sys, eas_search.run, eas_search.cli; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -234,3 +236,17 @@ def test_a_search_from_the_command_line_reaches_its_budget_or_says_how_to_go_on(
     more = call("run", *command[:-1], 9, "--study-name", "x", "--time-limit", 0.001)
     assert more.code == 1
     assert "Stopped at 3 of 9 trials" in more.out
+
+
+def test_a_ctrl_c_that_a_finaliser_swallowed_is_repeated_with_the_next_news(capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    sure = run.SureInterrupt(SimpleNamespace(stage=said.append))  # type: ignore[arg-type]
+    try:
+        sure.stage("one")
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            sure.stage("two")
+    finally:
+        signal.signal(signal.SIGINT, sure.before)
+    assert said == ["one"]

@@ -30,6 +30,16 @@ def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**read_json(path), **values}), encoding="utf-8")
 
 
+def load_as_model(folder: Path) -> object:
+    """Load an export as an original model would be, whose configuration it has."""
+    (folder / "eas_config.json").unlink()
+    return load_model(str(folder), "cpu")
+
+
+Load = Callable[[Path], object]
+LOADERS: list[Load] = [eas.load_pretrained, load_as_model]
+
+
 @pytest.mark.parametrize("position", [0.3, 0.9])
 def test_a_flipped_bit_in_the_weights_is_noticed(export: Path, position: float) -> None:
     path = export / "model.safetensors"
@@ -136,16 +146,6 @@ def test_a_damaged_model_folder_is_refused_in_one_line(
         load_model(str(folder), "cpu")
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
-
-
-Load = Callable[[Path], object]
-LOADERS: list[Load] = [eas.load_pretrained, lambda folder: load_as_model(folder)]
-
-
-def load_as_model(folder: Path) -> object:
-    """Load an export as an original model would be, whose configuration it has."""
-    (folder / "eas_config.json").unlink()
-    return load_model(str(folder), "cpu")
 
 
 @pytest.mark.parametrize("load", LOADERS, ids=["export", "model"])

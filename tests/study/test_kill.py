@@ -39,7 +39,7 @@ def completed(output: Path) -> dict[int, tuple[list[float], dict[str, int]]]:
 
 
 def accuracies(trials: list[optuna.trial.FrozenTrial]) -> list[tuple[list[tuple[str, int]], float]]:
-    """(parameters, accuracy) of the completed trials; a trial that was interrupted may come later than it would have."""
+    """(parameters, accuracy) of the completed trials; one that was interrupted may come later than else."""
     return sorted((sorted(t.params.items()), t.values[0]) for t in trials if t.state == TrialState.COMPLETE)
 
 

@@ -51,7 +51,7 @@ def test_parameters_survive_the_way_through_a_configuration_unless_nothing_is_sk
 def test_skipping_nothing_is_one_configuration_whatever_the_choices(
     small_space: SearchSpace, dim: int, placement: int
 ) -> None:
-    nothing = {name: 0 for name in small_space.distributions()}
+    nothing = dict.fromkeys(small_space.distributions(), 0)
     config = small_space.to_config({**nothing, "pia_dim_choice": dim, "placement_choice": placement})
     assert config == small_space.config(()) == small_space.to_config(nothing)
     assert hash(config) == hash(small_space.config(()))

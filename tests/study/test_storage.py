@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from eas_search.search_space import SearchSpace
 from eas_search.settings import SearchSettings
 from eas_search.study import create_study
 from eas_search.study.loop import TrialLoop, run_here
-from eas_search.study.storage import load_or_create, only_writer, owner, prepare_output, reap
+from eas_search.study.storage import load_or_create, only_writer, owner, prepare_output, reap, undisturbed
 
 
 def make_loop(study: optuna.Study, space: SearchSpace, budget: int) -> TrialLoop:
@@ -187,3 +188,19 @@ def test_trials_of_another_run_that_is_alive_are_left_alone(interrupted: optuna.
     with pytest.raises(ConfigError, match=f"process {sleeper.pid}"):
         reap(interrupted)
     assert interrupted.trials[3].state == TrialState.RUNNING
+
+
+def test_ctrl_c_waits_until_the_storage_is_done(tmp_path: Path) -> None:
+    study, reached = create_study(SearchSettings(), tmp_path, "s"), []
+
+    def ask() -> None:
+        with undisturbed():
+            signal.raise_signal(signal.SIGINT)
+            reached.append(study.ask().number)
+
+    with pytest.raises(KeyboardInterrupt):
+        ask()
+    assert reached == [0]
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert reap(study) == 1
