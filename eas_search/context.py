@@ -36,6 +36,7 @@ class TokenContext:
         skipped: cache slots of the skipped sites.
         stateful: cache slots of kept sites whose routed light adapters keep a mean.
         mask: [B, n], 1 for tokens that may enter a mean in the current pass; None: all.
+        scratch: see `PoolSession`; new in every pass.
         cache: KV cache of the current pass, if it uses one.
         prompt_mask: [B, n] as noted from `prompt_mask=` or `labels=`, until the stack is entered.
         prompt_length: tokens of the prompt while `generate` runs.
@@ -46,6 +47,7 @@ class TokenContext:
     skipped: frozenset[int] = frozenset()
     stateful: frozenset[int] = frozenset()
     mask: Tensor | None = None
+    scratch: dict[str, Tensor] = field(default_factory=dict)
     cache: Cache | None = None
     prompt_mask: Tensor | None = None
     prompt_length: int | None = None
@@ -63,7 +65,7 @@ class TokenContext:
         if self.cache is not None:
             slot = self.cache.layers[layer]
             states = slot.states if isinstance(slot, SiteStates) else None
-        return PoolSession(self.pooling, self.mask, states)
+        return PoolSession(self.pooling, self.mask, states, self.scratch)
 
     def advance(self, layer: int, tokens: int) -> None:
         """Count the tokens that a skipped site has let through."""
@@ -112,7 +114,7 @@ class EnterStack:
         named = {**call.pop("kwargs", {}), **call}
         tokens = named["input_ids"] if named.get("inputs_embeds") is None else named["inputs_embeds"]
         context = self.context
-        context.mask = self._mask(tokens, named)
+        context.mask, context.scratch = self._mask(tokens, named), {}
         context.prompt_mask = None
         named["past_key_values"] = context.cache = self._cache(module, named)
         return (), named

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from eas_search.exceptions import UnsupportedModelError
 from eas_search.pia import Pia
@@ -107,7 +106,7 @@ class ThinPath(nn.Module):
 
 
 class FoldedFfn(nn.Module):
-    """A plain FFN, gated or not, whose first projections may get a bias per sample: P_in · mean(P u).
+    """A plain FFN, gated or not, whose first projections may get a bias per sample: inject(mean(P u)).
 
     Submodules carry the names of the original FFN's projections (`names`), so that the state dict of a merged layer
     without pooling is that of an ordinary FFN of another width.
@@ -117,24 +116,29 @@ class FoldedFfn(nn.Module):
         super().__init__()
         self.names, self.activation = names, activation
         self.pool: nn.Linear | None = None
-        self.inject: nn.ModuleList | None = None
+        self.inject: nn.Linear | None = None
 
-    def forward(self, u: Tensor, session: PoolSession) -> Tensor:
-        """u [B, n, d] → [B, n, d]."""
+    def forward(self, u: Tensor, session: PoolSession, residual: Tensor) -> Tensor:
+        """residual + FFN(u), both [B, n, d].
+
+        Without gradients the wide activations are written as seldom as possible: their traffic, not the arithmetic, is
+        what a merged layer could cost over a plain one.
+        """
         *first, out = (getattr(self, name) for name in self.names)
-        if self.pool is None:
-            hidden = [layer(u) for layer in first]
-        else:
-            assert self.inject is not None
-            pooled = session.mean("fold.pool", u, self.pool.weight)
-            # The layer's bias joins the small per-sample vector, so that the wide activation is written once more, not
-            # twice.
-            hidden = [
-                F.linear(u, layer.weight) + (inject(pooled) + layer.bias)
-                for layer, inject in zip(first, self.inject, strict=True)
-            ]
+        in_place = not torch.is_grad_enabled()
+        hidden = [layer(u) for layer in first]
+        if self.pool is not None and self.inject is not None:
+            # The constant part of the bias is that of `inject`, so it costs no pass of its own.
+            bias = self.inject(session.mean("fold.pool", u, self.pool.weight))
+            parts = bias.split([layer.out_features for layer in first], dim=-1)
+            hidden = [h.add_(part) if in_place else h + part for h, part in zip(hidden, parts, strict=True)]
         value = self.activation(hidden[0])
-        return out(value * hidden[1] if len(hidden) == 2 else value)
+        if len(hidden) == 2:
+            value = value.mul_(hidden[1]) if in_place and value is not hidden[0] else value * hidden[1]
+        if out.bias is None:  # the product accumulates onto the residual stream: one pass less
+            return torch.addmm(residual.flatten(0, -2), value.flatten(0, -2), out.weight.T).view(residual.shape)
+        y = out(value)
+        return y.add_(residual) if in_place else y + residual
 
 
 def constant_gate(activation: Callable[[Tensor], Tensor]) -> float:

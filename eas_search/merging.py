@@ -43,7 +43,7 @@ class MergedBlock(StudentBlock):
         if self.thin_ffn is not None:
             v = u if self.thin_gain is None else u * self.thin_gain
             v = v + self.thin_ffn(u, session, "ffn")
-        return y + getattr(self, self.eas_pattern.ffn)(v, session)
+        return getattr(self, self.eas_pattern.ffn)(v, session, y)
 
 
 class MergedResidualBlock(StudentBlock):
@@ -166,12 +166,12 @@ def _fold_static(
             weights[i], biases[i] = torch.cat([weights[i], weight]), torch.cat([biases[i], bias])
     ffn = FoldedFfn((*pattern.ffn_in, pattern.ffn_out), activation)
     for name, weight, bias in zip(pattern.ffn_in, weights, biases, strict=True):
-        setattr(ffn, name, linear(weight, bias, out.weight))
+        setattr(ffn, name, linear(weight, None if pools else bias, out.weight))
     keep_bias = out.bias is not None or stream is not None
     setattr(ffn, pattern.ffn_out, linear(out_weight, out_bias if keep_bias else None, out.weight))
     if pools:
         ffn.pool = linear(torch.cat(pools), None, out.weight)
-        ffn.inject = nn.ModuleList(linear(inject, None, out.weight) for inject in injects)
+        ffn.inject = linear(torch.cat(injects), torch.cat(biases), out.weight)
     return ffn
 
 

@@ -35,11 +35,13 @@ class PoolSession:
         mode: see `SkipConfig.pooling`.
         mask: [B, n], 1 for the tokens that may enter; None: all of them.
         states: one entry per mean, kept between calls of the same generation; None when nothing is cached.
+        scratch: shared by the sites of a stack during one pass, for what is the same at all of them.
     """
 
     mode: Pooling
     mask: Tensor | None = None
-    states: dict[str, PoolState] | None = field(default=None)
+    states: dict[str, PoolState] | None = None
+    scratch: dict[str, Tensor] = field(default_factory=dict)
 
     def mean(self, key: str, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Mean over tokens of W x_t.
@@ -70,11 +72,13 @@ class PoolSession:
     def _mean_of_tokens(self, x: Tensor) -> Tensor:
         if self.mask is None:
             return x.mean(dim=1, keepdim=True)
-        mask = self.mask.to(x.dtype)
-        # A batched product reads x once; multiplying by the mask first would write a copy of it. Rows without a
-        # pooled token (all padding) get a zero mean instead of 0/0.
-        total = torch.bmm(mask.unsqueeze(1), x)
-        return total / mask.sum(dim=1).clamp(min=1.0).view(-1, 1, 1)
+        weights = self.scratch.get("weights")
+        if weights is None:
+            mask = self.mask.to(x.dtype)
+            # Rows without a pooled token (all padding) get a zero mean instead of 0/0.
+            weights = self.scratch["weights"] = (mask / mask.sum(dim=1, keepdim=True).clamp(min=1.0)).unsqueeze(1)
+        # A batched product reads x once; multiplying by the weights and summing would write a copy of it.
+        return torch.bmm(weights.to(x.dtype), x)
 
     def _running(self, key: str, values: Tensor, state: PoolState | None) -> Tensor:
         if self.mask is None:

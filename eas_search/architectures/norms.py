@@ -21,7 +21,7 @@ class Normalise(nn.Module):
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.centred:
             return F.layer_norm(values, x.shape[-1:], eps=self.eps).to(x.dtype)
-        return (values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return F.rms_norm(values, x.shape[-1:], eps=self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

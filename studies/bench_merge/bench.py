@@ -40,13 +40,12 @@ def main() -> None:
     generator = torch.Generator().manual_seed(config["seed"])
     again = apply_skips(bench.model, SkipConfig(skip=skip, pia_dim=0, pooling="none")).eval()
     candidates = {"deleted (A/A)": again}
-    for placement, pooling in itertools.product(("ffn", "parallel", "residual"), ("none", "prompt")):
-        student = apply_skips(
-            bench.model, SkipConfig(skip=skip, pia_dim=config["pia_dim"], placement=placement, pooling=pooling)
-        )
+    forms = itertools.product(config["pia_dims"], ("ffn", "parallel", "residual"), ("none", "prompt"))
+    for rank, placement, pooling in forms:
+        student = apply_skips(bench.model, SkipConfig(skip=skip, pia_dim=rank, placement=placement, pooling=pooling))
         for parameter in adapter_parameters(student).values():
             parameter.data.normal_(std=0.02, generator=generator)
-        candidates[f"{placement}, pooling {pooling}"] = merge(student).eval()
+        candidates[f"{placement}, rank {rank}, pooling {pooling}"] = merge(student).eval()
     candidates["original model"] = bench.model
     latency = LatencyConfig(**config["quick" if quick else "latency"], seed=config["seed"])
     report = measure_latency(candidates, inputs, baseline=deleted, config=latency)
