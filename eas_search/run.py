@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -167,12 +166,13 @@ def show_result(result: SearchResult) -> None:
     from eas_search.report.labels import runs
 
     baseline = result.baseline
-    table = Table(
-        title="Pareto front: held-out accuracy, merged models timed side by side", title_justify="left", box=SIMPLE
-    )
+    title = "Pareto front: held-out accuracy, merged models timed side by side"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="bold")
     right = ("accuracy", "prefill", "95 %", "decode", "KV")
     for heading in ("", "trial", "skipped", "PIA", *right):
-        table.add_column(heading, justify="right" if heading in right else "left", no_wrap=True)
+        # Only the skip set may take several lines: everything else fits a terminal of 80 columns beside it.
+        wraps = heading == "skipped"
+        table.add_column(heading, justify="right" if heading in right else "left", no_wrap=not wraps)
     kv, decode = baseline.kv_bytes, baseline.decode_s is not None
     reference = (f"{100 * baseline.accuracy:.1f} %", "1.00×", "", "1.00×" if decode else "", "100 %" if kv else "")
     table.add_row("", "baseline", "none", "", *reference)
