@@ -17,8 +17,8 @@ from eas_search.merging import merge
 from eas_search.objective import make_student
 from eas_search.report.front import non_dominated
 from eas_search.skip_config import SkipConfig
-from eas_search.skipping import adapter_parameters, apply_skips
-from eas_search.stages import StageFolder, load_adapters
+from eas_search.skipping import adapter_parameters, apply_skips, load_adapters
+from eas_search.stages import StageFolder
 from eas_search.supernet import Supernet
 from eas_search.training import correct_answers
 from eas_search.workbench import Workbench

@@ -16,6 +16,8 @@ from eas_search.latency import LatencyConfig
 from eas_search.skip_config import Placement, SkipConfig, one_line
 from eas_search.training import FineTuneConfig
 
+# Settings that a run may change when it resumes a study.
+MAY_CHANGE = ("budget", "jobs", "time_limit", "prefer")
 SAMPLERS = ("eas", "tpe", "nsga2", "gp", "random")
 
 
@@ -174,8 +176,7 @@ class SearchSettings(_Group):
 
         The budget, the number of workers, the time limit and the final choice may.
         """
-        free = {"budget", "jobs", "time_limit", "prefer"}
-        fixed = self.model_dump(mode="json", exclude=free)
+        fixed = self.model_dump(mode="json", exclude=set(MAY_CHANGE))
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
 

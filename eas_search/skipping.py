@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import types
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from eas_search.architectures import AttentionSite, attention_sites, resolve_skip
 from eas_search.blocks import AdaptedNorm, light_adapter_for, skip_block
@@ -163,3 +164,18 @@ def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
 def adapter_parameters(student: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters of a student by name: its PIAs and light adapters."""
     return {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+
+
+def load_adapters(student: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy kept values into the adapters of a student; the inverse of keeping `adapter_parameters`.
+
+    Raises:
+        ConfigError: the tensors belong to another configuration.
+    """
+    own = adapter_parameters(student)
+    if own.keys() != tensors.keys():
+        odd = sorted(own.keys() ^ tensors.keys())[0]
+        raise ConfigError(f"kept adapters do not fit this search: {odd!r} is on one side only; use another --output")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])

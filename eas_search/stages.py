@@ -21,9 +21,9 @@ from eas_search.measures import accuracy_interval, kv_bytes_per_token, parameter
 from eas_search.redundancy.bandit import EasBandit, bandit_step
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
-from eas_search.skipping import adapter_parameters, apply_skips
+from eas_search.skipping import adapter_parameters, apply_skips, load_adapters
 from eas_search.supernet import Supernet
-from eas_search.training import correct_answers, fine_tune, seeded
+from eas_search.training import correct_answers, endless, fine_tune, seeded
 from eas_search.warm_start import calibrate
 from eas_search.workbench import Workbench
 
@@ -134,21 +134,6 @@ def baseline_stage(bench: Workbench, folder: StageFolder, report: Report) -> tup
     return baseline, student
 
 
-def load_adapters(student: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Inverse of saving `adapter_parameters`.
-
-    Raises:
-        StorageError: the tensors belong to another configuration.
-    """
-    own = adapter_parameters(student)
-    if own.keys() != tensors.keys():
-        odd = sorted(own.keys() ^ tensors.keys())[0]
-        raise StorageError(f"kept adapters do not fit this search: {odd!r} is on one side only; use another --output")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
-
-
 def empty_supernet(bench: Workbench) -> Supernet:
     """The supernet before any training: largest rank, the adapters of every placement."""
     settings = bench.settings
@@ -203,8 +188,7 @@ def _train_jointly(bench: Workbench, supernet: Supernet, report: Report) -> list
     steps, updates = settings.training.steps, settings.bandit_updates
     bandit = EasBandit(len(bench.sites))
     generator = torch.Generator().manual_seed(bench.settings.seed + 1)
-    candidates = bench.splits["validation"]
-    batches = iter(_forever(candidates, settings.bandit_batch, generator))
+    batches = iter(endless(bench.splits["validation"], settings.bandit_batch, generator))
     placements = bench.settings.space.placements
     done = 0
 
@@ -228,8 +212,3 @@ def _train_jointly(bench: Workbench, supernet: Supernet, report: Report) -> list
     watch(max(0, steps - 1) if steps else 0)
     supernet.set_skips(())
     return bandit.scores.tolist()
-
-
-def _forever(split: Any, batch_size: int, generator: torch.Generator) -> Any:
-    while True:
-        yield from split.batches(batch_size, generator)

@@ -5,10 +5,9 @@ Students inherit from it: smaller ranks are slices, kept sites take the light ad
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from eas_search.architectures import AttentionSite
@@ -16,7 +15,7 @@ from eas_search.blocks import AdaptedNorm, SupernetBlock
 from eas_search.exceptions import ConfigError
 from eas_search.pia import Pia, copy_slice
 from eas_search.skip_config import Placement, SkipConfig
-from eas_search.skipping import apply_switches
+from eas_search.skipping import adapter_parameters, apply_switches, load_adapters
 from eas_search.warm_start import SiteMoments, write_closed_form
 
 
@@ -73,17 +72,11 @@ class Supernet:
 
     def adapters(self) -> dict[str, Tensor]:
         """All trainable tensors by name, for safetensors."""
-        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        return {name: parameter.detach() for name, parameter in adapter_parameters(self.model).items()}
 
-    def load_adapters(self, tensors: dict[str, Tensor]) -> None:
-        """Inverse of `adapters`."""
-        own = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if own.keys() != tensors.keys():
-            odd = sorted(own.keys() ^ tensors.keys())[0]
-            raise ConfigError(f"supernet weights do not fit: {odd!r} is on one side only; start in a new output folder")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(tensors[name])
+    def load_adapters(self, tensors: Mapping[str, Tensor]) -> None:
+        """Inverse of `adapters`; raises `ConfigError` when the tensors belong to another supernet."""
+        load_adapters(self.model, tensors)
 
     def take_light_adapters(self, student: nn.Module) -> None:
         """Start the light adapters from those of a trained student that skips nothing."""

@@ -30,7 +30,6 @@ class Workbench:
         model: the original model, frozen, in eval mode.
         processor: its tokenizer and image processor.
         sites: the searchable attention sites.
-        all_sites: every site of the model.
         splits: encoded samples by split name.
         quiet: keeps other workers still while something is timed.
     """
@@ -39,7 +38,6 @@ class Workbench:
     model: nn.Module
     processor: Any
     sites: tuple[AttentionSite, ...]
-    all_sites: tuple[AttentionSite, ...]
     splits: dict[Split, Any]
     quiet: QuietLock
 
@@ -64,10 +62,6 @@ class Workbench:
                 f"space.towers is {list(settings.space.towers)}, but the model only has "
                 f"{sorted({site.tower for site in every})}; choose one of these"
             )
-        for dim in settings.space.pia_dims:
-            settings.student.model_copy(update={"pia_dim": dim}).model_validate(
-                {**settings.student.model_dump(), "pia_dim": dim}
-            )
         limits = settings.samples
         wanted: dict[Split, int | None] = {
             "train": limits.train,
@@ -76,7 +70,7 @@ class Workbench:
         }
         splits = {name: task.encode(processor, task.examples(name, limit)) for name, limit in wanted.items()}
         lock = None if folder is None or settings.jobs == 1 else folder / "quiet.lock"
-        bench = cls(settings, model, processor, sites, every, splits, QuietLock(lock))
+        bench = cls(settings, model, processor, sites, splits, QuietLock(lock))
         probe = on_device(next(iter(splits["validation"].batches(4))), model)
         prove_sites(model, every, probe, tolerance=1e-5 if settings.dtype == "float32" else 5e-2)
         return bench

@@ -126,8 +126,8 @@ def front_hypervolume(front: pd.DataFrame) -> float:
 def conditions(bench: Workbench) -> dict[str, str]:
     """The circumstances that a reader of the figures must know."""
     settings = bench.settings
-    tokens = bench.latency_inputs()["input_ids"].shape if "input_ids" in bench.latency_inputs() else None
-    shape = "" if tokens is None else f" of {tokens[1]} tokens"
+    tokens = bench.latency_inputs().get("input_ids")
+    shape = "" if tokens is None else f" of {tokens.shape[1]} tokens"
     return {
         "latency": f"prefill of {settings.latency_batch} prompts{shape}, {settings.dtype}, merged model",
         "training samples": str(len(bench.splits["train"])),

@@ -21,7 +21,7 @@ from optuna.study import Study
 from optuna.trial import TrialState
 
 from eas_search.exceptions import ConfigError, StorageError
-from eas_search.settings import SearchSettings
+from eas_search.settings import MAY_CHANGE, SearchSettings
 
 DIRECTIONS: tuple[Literal["maximize"], Literal["minimize"]] = ("maximize", "minimize")
 METRICS = ("accuracy", "latency")
@@ -151,7 +151,7 @@ def load_or_create(storage: BaseStorage, name: str, settings: SearchSettings) ->
 def _first_difference(study: Study, settings: SearchSettings) -> str:
     before, now = study.user_attrs["settings"], settings.model_dump(mode="json")
     for key in now:
-        if key not in ("budget", "jobs", "time_limit", "prefer") and before.get(key) != now[key]:
+        if key not in MAY_CHANGE and before.get(key) != now[key]:
             return f"{key}: {before.get(key)} then, {now[key]} now"
     return "another version of eas_search"
 
