@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
-from eas_search.exceptions import ConfigError
+from eas_search.exceptions import ConfigError, UnsupportedModelError
 from eas_search.pooling import PoolState
 
 
@@ -179,6 +179,13 @@ def prepare_cache(
     kept = [layer for i, layer in enumerate(cache.layers) if i not in skipped]
     for i in skipped:
         replaced = cache.layers[i]
+        if type(replaced).__module__ != "transformers.cache_utils" or isinstance(
+            replaced, LinearAttentionCacheLayerMixin
+        ):
+            raise UnsupportedModelError(
+                f"cache slot {i} is a {type(replaced).__name__}, which holds more than keys and values; expected a "
+                "slot of softmax attention alone: leave this site in, or decode with use_cache=False"
+            )
         # Sliding and full layers have masks of different sizes: the answer must come from a layer of the same kind.
         reference = next((layer for layer in kept if type(layer) is type(replaced)), None)
         cache.layers[i] = SkippedCacheLayer(replaced, reference, croppable)

@@ -1,29 +1,27 @@
 """What the blocks of one stack must know about the tokens of the current forward pass.
 
-Blocks of `transformers` get a 4-D attention mask or none at all, never the labels. Hooks on the model and on the stack
-of blocks note which tokens are real and which belong to the prompt, and prepare the KV cache.
+Blocks of `transformers` get a 4-D attention mask or none at all, never the labels. The hooks in `hooks` note here which
+tokens are real and which belong to the prompt, and prepare the KV cache.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
-from eas_search.cache import SiteStates, SkippedCacheLayer, prepare_cache
-from eas_search.exceptions import ConfigError
+from eas_search.cache import SiteStates, SkippedCacheLayer
+from eas_search.masks import visible_tokens
 from eas_search.pooling import PoolSession
 from eas_search.skip_config import Pooling
 
-IGNORED_LABEL = -100
 _OWNERS = itertools.count()
 
 
@@ -39,8 +37,17 @@ class TokenContext:
         scratch: see `PoolSession`; new in every pass.
         cache: KV cache of the current pass, if it uses one.
         prompt_mask: [B, n] as noted from `prompt_mask=` or `labels=`, until the stack is entered.
+        given_mask: [B, n] attention mask that the whole model was called with, until the stack is entered. A tower
+            whose blocks are run from outside their stack is never entered; then this is the mask.
+        shape: (B, n) of the tokens of the current pass.
+        layers: number of cache slots of the stack.
+        entered: whether the stack is running.
         prompt_length: tokens of the prompt while `generate` runs.
         owner: number of this context, by which a cache tells whose means it holds.
+        spare_first: see `SkipConfig.router_spares_first`.
+        causal: whether a site of the stack only looks back.
+        streams: whether the stack runs two streams side by side, so that only the call of an attention says which
+            tokens it sees.
     """
 
     pooling: Pooling
@@ -50,8 +57,15 @@ class TokenContext:
     scratch: dict[str, Tensor] = field(default_factory=dict)
     cache: Cache | None = None
     prompt_mask: Tensor | None = None
+    given_mask: Tensor | None = None
+    shape: tuple[int, ...] | None = None
+    layers: int = 0
+    entered: bool = False
     prompt_length: int | None = None
     owner: int = field(default_factory=lambda: next(_OWNERS))
+    spare_first: bool = False
+    causal: bool = True
+    streams: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenContext:
         """The context of a copied or merged student, whose adapters are others."""
@@ -59,13 +73,31 @@ class TokenContext:
         twin.owner = next(_OWNERS)
         return twin
 
-    def session(self, layer: int) -> PoolSession:
-        """The means of the site in cache slot `layer`."""
+    def session(self, layer: int, x: Tensor, mask: Tensor | None = None) -> PoolSession:
+        """The means of the site in cache slot `layer`, over the tokens x [B, n, d].
+
+        `mask` is the one that the attention was called with; it counts where there are several streams.
+        """
+        refusal = ""
+        if self.streams:
+            # One row for all queries: an encoder's tokens all see the same.
+            row = mask[..., :1, :] if mask is not None and mask.dim() == 4 else mask
+            seen = visible_tokens(row, x.shape[1])
+            return PoolSession(self.pooling, seen, spare_first=self.spare_first)
+        if not self.entered and self.causal and self.pooling in ("prompt", "prefix"):
+            refusal = "it ran outside the module that owns its list of layers"
+        elif self.entered and self.shape is not None and x.dim() == 3 and x.shape[:2] != self.shape:
+            refusal = f"it got tokens of shape {tuple(x.shape[:2])} in a pass over {tuple(self.shape)}"
+        mask = self.mask if self.entered else self.given_mask
+        if mask is not None and mask.shape != x.shape[:2]:
+            mask = None  # of another tower's tokens
         states = None
-        if self.cache is not None:
+        if self.cache is not None and layer < len(self.cache.layers):
             slot = self.cache.layers[layer]
             states = slot.states if isinstance(slot, SiteStates) else None
-        return PoolSession(self.pooling, self.mask, states, self.scratch)
+        # Of a pass that never enters, nobody says when it ends: nothing is kept for the next block.
+        scratch = self.scratch if self.entered else {}
+        return PoolSession(self.pooling, mask, states, scratch, refusal, self.spare_first)
 
     def advance(self, layer: int, tokens: int) -> None:
         """Count the tokens that a skipped site has let through."""
@@ -84,108 +116,43 @@ class TokenContext:
             self.prompt_length = before
 
 
-def question_mask(labels: Tensor) -> Tensor:
-    """1 for every token before the first labelled one (LLaVA-EAS's rule), [B, n] bool."""
-    return (labels != IGNORED_LABEL).cumsum(dim=1) == 0
+_PassState = tuple[Tensor | None, dict[str, Tensor], bool, tuple[int, ...] | None]
 
 
 @dataclass
-class NotePrompt:
-    """Forward pre-hook of the whole model: takes the prompt mask from `prompt_mask` or `labels`."""
+class Recompute:
+    """`context_fn` of torch's activation checkpointing: a block that is computed again sees the tokens of its own pass.
 
-    context: TokenContext
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Note the mask; `prompt_mask` [B, n] is removed because no model of `transformers` knows it."""
-        given, labels = kwargs.pop("prompt_mask", None), kwargs.get("labels")
-        self.context.prompt_mask = question_mask(labels) if given is None and labels is not None else given
-        return args, kwargs
-
-
-@dataclass
-class EnterStack:
-    """Forward pre-hook of the stack: settles the mask of the pass and prepares its cache."""
-
-    context: TokenContext
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Bind the call's arguments by name, so that positional calls work too."""
-        call = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        named = {**call.pop("kwargs", {}), **call}
-        tokens = named["input_ids"] if named.get("inputs_embeds") is None else named["inputs_embeds"]
-        context = self.context
-        context.mask, context.scratch = self._mask(tokens, named), {}
-        context.prompt_mask = None
-        named["past_key_values"] = context.cache = self._cache(module, named)
-        return (), named
-
-    def _mask(self, tokens: Tensor, named: dict[str, Any]) -> Tensor | None:
-        n = tokens.shape[1]
-        context = self.context
-        mask = visible_tokens(named.get("attention_mask"), n, named.get("past_key_values"))
-        if context.pooling != "prompt":
-            return mask
-        if context.prompt_mask is not None:
-            prompt = context.prompt_mask.to(tokens.device).bool()
-            mask = prompt if mask is None else mask & prompt
-        cache = named.get("past_key_values")
-        first = cache is not None and cache.get_seq_length() == 0
-        if first and context.prompt_length is not None and context.prompt_length > n:
-            raise ConfigError(
-                f"pooling 'prompt' needs the prompt of {context.prompt_length} tokens in one piece, got {n} first; "
-                "expected generation without prefill_chunk_size, or pooling 'prefix'"
-            )
-        if context.prompt_length is not None and context.prompt_length < n:
-            prompt = torch.arange(n, device=tokens.device).expand(tokens.shape[0], -1) < context.prompt_length
-            mask = prompt if mask is None else mask & prompt
-        return mask
-
-    def _cache(self, module: nn.Module, named: dict[str, Any]) -> Cache | None:
-        cache, wanted = named.get("past_key_values"), named.get("use_cache")
-        config: Any = module.config
-        if cache is None:
-            wanted = getattr(config, "use_cache", False) if wanted is None else wanted
-            if not wanted or (module.training and getattr(module, "gradient_checkpointing", False)):
-                return None
-            cache = DynamicCache(config=config)
-        context = self.context
-        prepare_cache(
-            cache,
-            config.num_hidden_layers,
-            context.skipped,
-            context.stateful,
-            context.pooling != "prefix",
-            context.owner,
-        )
-        return cache
-
-
-@dataclass
-class LeaveStack:
-    """Forward hook of the stack: lets go of the cache, which belongs to the caller."""
-
-    context: TokenContext
-
-    def __call__(self, module: nn.Module, args: tuple, output: object) -> None:
-        """Called with the stack's output."""
-        self.context.cache = None
-
-
-def visible_tokens(
-    attention_mask: Tensor | dict[str, Tensor] | None, n: int, cache: Cache | None = None
-) -> Tensor | None:
-    """[B, n] bool, which of the n tokens of this pass are real; None when nothing is masked.
-
-    Understands the 2-D mask of tokenizers and the 4-D masks (boolean or additive) that `generate` makes for static
-    caches, in which a real token sees at least itself; its column follows those of the tokens in `cache`.
+    By then the stack has been left, and another pass may have left its masks behind.
     """
-    if isinstance(attention_mask, dict):
-        attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values())))
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() == 4:
-        past = 0 if cache is None else int(cache.get_seq_length())
-        past = min(past, attention_mask.shape[-1] - n)  # a sliding window has moved on
-        itself = attention_mask[:, 0, :, past : past + n].diagonal(dim1=-2, dim2=-1)
-        return itself if itself.dtype == torch.bool else itself == 0
-    return attention_mask[:, -n:].bool()
+
+    contexts: tuple[TokenContext, ...]
+
+    def __call__(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """What is entered around the pass and, later, around its recomputation."""
+        return nullcontext(), self._again(
+            [(context.mask, context.scratch, True, context.shape) for context in self.contexts]
+        )
+
+    @contextmanager
+    def _again(self, then: list[_PassState]) -> Iterator[None]:
+        now = [(context.mask, context.scratch, context.entered, context.shape) for context in self.contexts]
+        try:
+            self._set(then)
+            yield
+        finally:
+            self._set(now)
+
+    def _set(self, states: list[_PassState]) -> None:
+        for context, state in zip(self.contexts, states, strict=True):
+            context.mask, context.scratch, context.entered, context.shape = state
+
+
+def remember_passes(stack: nn.Module, contexts: tuple[TokenContext, ...]) -> None:
+    """Where activation checkpointing is on, let it restore the contexts of the pass that it computes again."""
+    for module in stack.modules():
+        checkpoint: Any = module.__dict__.get("_gradient_checkpointing_func")
+        keywords = getattr(checkpoint, "keywords", {})
+        if keywords.get("use_reentrant") is False and "context_fn" not in keywords:
+            remembering: Any = partial(checkpoint, context_fn=Recompute(contexts))
+            module._gradient_checkpointing_func = remembering

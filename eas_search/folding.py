@@ -94,14 +94,16 @@ class ThinPath(nn.Module):
             bias = folded.router_bias / folded.temperature
             self.router = linear(folded.router / folded.temperature, bias, like)
 
-    def forward(self, u: Tensor, session: PoolSession, key: str) -> Tensor:
-        """u [B, n, d] → Δ [B, n, d]."""
+    def forward(self, u: Tensor, session: PoolSession, key: str, other: Tensor | None = None) -> Tensor:
+        """u [B, n, d] → Δ [B, n, d]; the pooled term is that of `other` [B, m, d] where there is one."""
         z = self.down(u)
         if self.pool is not None:
-            z = z + session.mean(f"{key}.pool", u, self.pool.weight)
+            z = z + session.mean(f"{key}.pool", u if other is None else other, self.pool.weight)
         if self.router is None:
             return self.ups[0](z)
-        w = torch.softmax(session.mean(f"{key}.router", u, self.router.weight) + self.router.bias, dim=-1)
+        logits = session.router_mean(f"{key}.router", u if other is None else other, self.router.weight)
+        logits = logits + self.router.bias
+        w = torch.softmax(logits, dim=-1)
         return w[..., :1] * self.ups[0](z) + w[..., 1:] * self.ups[1](z)
 
 
@@ -118,8 +120,8 @@ class FoldedFfn(nn.Module):
         self.pool: nn.Linear | None = None
         self.inject: nn.Linear | None = None
 
-    def forward(self, u: Tensor, session: PoolSession, residual: Tensor) -> Tensor:
-        """residual + FFN(u), both [B, n, d].
+    def forward(self, u: Tensor, session: PoolSession, residual: Tensor | None) -> Tensor:
+        """residual + FFN(u), both [B, n, d]; FFN(u) alone without a residual.
 
         Without gradients the wide activations are written as seldom as possible: their traffic, not the arithmetic, is
         what a merged layer could cost over a plain one.
@@ -135,6 +137,8 @@ class FoldedFfn(nn.Module):
         value = self.activation(hidden[0])
         if len(hidden) == 2:
             value = value.mul_(hidden[1]) if in_place and value is not hidden[0] else value * hidden[1]
+        if residual is None:
+            return out(value)
         if out.bias is None:  # the product accumulates onto the residual stream: one pass less
             return torch.addmm(residual.flatten(0, -2), value.flatten(0, -2), out.weight.T).view(residual.shape)
         y = out(value)
@@ -172,3 +176,12 @@ def check_odd_part(activation: Callable[[Tensor], Tensor]) -> None:
             f"activation {type(activation).__name__} has act(u) − act(−u) ≠ u, so a `parallel` PIA cannot fold into "
             "this FFN; expected ReLU, GELU, SiLU or QuickGELU: use placement 'ffn'"
         )
+
+
+def carries_linear(activation: Callable[[Tensor], Tensor], gated: bool) -> bool:
+    """Whether neurons behind this activation can be linear, so that a stream PIA can be neurons of the FFN."""
+    try:
+        constant_gate(activation) if gated else check_odd_part(activation)
+    except UnsupportedModelError:
+        return False
+    return True

@@ -13,13 +13,21 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from eas_search.architectures.norms import Normalise, split_norm
-from eas_search.blocks import AdaptedNorm, SkippedBlock, StudentBlock, student_class
+from eas_search.architectures.recompose import ffn_of
+from eas_search.blocks import SkippedBlock, StudentBlock
+from eas_search.dispatch import change_class
 from eas_search.exceptions import ConfigError, VerificationError
-from eas_search.folding import FoldedFfn, FoldedPia, ThinPath, check_odd_part, constant_gate, fold_pia, linear
+from eas_search.ffn_folding import dense, fold_routed, fold_static
+from eas_search.folding import ThinPath, carries_linear, fold_pia, linear
+from eas_search.head import settle_head
+from eas_search.lora import merge_lora
+from eas_search.parts import AdaptedAttention, become
 from eas_search.pooling import PoolSession
 from eas_search.skipping import share_copy
+from eas_search.stand_ins import StandIn
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -43,7 +51,11 @@ class MergedBlock(StudentBlock):
         if self.thin_ffn is not None:
             v = u if self.thin_gain is None else u * self.thin_gain
             v = v + self.thin_ffn(u, session, "ffn")
-        return getattr(self, self.eas_pattern.ffn)(v, session, y)
+        pattern = self.eas_site.pattern
+        ffn = getattr(self, folded_name(pattern.ffn))
+        if pattern.post_ffn:  # a norm between the FFN and the residual stream
+            return y + self.leave(ffn(v, session, None))
+        return ffn(v, session, y)
 
 
 class MergedResidualBlock(StudentBlock):
@@ -55,7 +67,13 @@ class MergedResidualBlock(StudentBlock):
     def transform(self, x: Tensor, session: PoolSession) -> Tensor:
         """See the class."""
         h = x + self.thin_stream(self.normalise(x), session, "stream")
-        return h + getattr(self, self.eas_pattern.ffn)(getattr(self, self.eas_pattern.norm2)(h))
+        norm2 = getattr(self, self.eas_site.pattern.norm2)
+        return h + self.run_ffn(norm2(h if self.eas_site.residual == "sequential" else x))
+
+
+def folded_name(ffn: str) -> str:
+    """Under which name a block keeps its merged FFN."""
+    return "merged_ffn" if ffn == "." else ffn
 
 
 def merge(student: Model) -> Model:
@@ -71,149 +89,110 @@ def merge(student: Model) -> Model:
         raise ConfigError(f"the model is {state}; expected the result of `apply_skips`, not yet merged")
     merged = share_copy(student)
     for site in info.sites:
-        block = merged.get_submodule(site.block)
-        if isinstance(block, SkippedBlock):
-            if block.eas_config.pia_dim > 0:
-                _merge_skipped(block)
-        elif isinstance(adapted := getattr(block, site.pattern.norm1), AdaptedNorm):
-            _merge_adapted(block, adapted, site.pattern)
+        host = merged.get_submodule(site.host)
+        if isinstance(host, SkippedBlock):
+            if host.eas_config.pia_dim > 0:
+                _merge_skipped(host)
+        elif isinstance(host, StandIn):
+            if host.eas_config.pia_dim > 0:
+                _merge_stand_in(host)
+        elif isinstance(attention := merged.get_submodule(site.name), AdaptedAttention):
+            _merge_adapted(attention)
+    merge_lora(merged)
+    dtype = next(parameter.dtype for parameter in merged.parameters() if parameter.is_floating_point())
+    settle_head(merged, dtype)
+    for thin in [part for part in merged.modules() if isinstance(part, ThinPath)]:
+        thin.to(dtype)
     merged.eas = replace(info, merged=True)
     return merged
 
 
+def stream_folds(block: Any) -> bool:
+    """Whether Δr can be linear neurons of the block's FFN; otherwise it stays two thin products.
+
+    They must be linear behind its activation, and nothing may stand between the FFN and the residual stream.
+    """
+    site = block.eas_site
+    activation = getattr(ffn_of(block, site.pattern.ffn), site.ffn.activation)
+    return not site.pattern.post_ffn and carries_linear(activation, site.ffn.gated)
+
+
+def _merge_stand_in(attention: Any) -> None:
+    """The PIA reads x̂ as the block makes it, so nothing but its own two products is left to fold."""
+    pia = attention.pia_stream
+    ones = torch.ones_like(pia.down.weight[0])
+    pooled = attention.eas_context.pooling != "none"
+    attention.pia_stream = ThinPath(fold_pia(pia, ones, None, pooled), pia.down.weight)
+
+
 def _merge_skipped(block: Any) -> None:
-    pattern, config = block.eas_pattern, block.eas_config
-    normalise, gain1, shift1 = split_norm(getattr(block, pattern.norm1))
-    pooled = block.eas_context.pooling != "none"
+    site, config = block.eas_site, block.eas_config
+    pattern, context = site.pattern, block.eas_context
+    normalise, gain1, shift1 = split_norm(getattr(block, pattern.norm1), site.width)
+    pooled = context.pooling != "none"
     folded: Any = {
         name: None if pia is None else fold_pia(pia, gain1, shift1, pooled)
         for name, pia in (("ffn", block.pia_ffn), ("stream", block.pia_stream))
     }
-    original = type(block).__bases__[1]  # see `student_class`
-    like = getattr(getattr(block, pattern.ffn), pattern.ffn_out).weight
+    like = getattr(ffn_of(block, pattern.ffn), site.ffn.out).weight
     block.normalise = normalise
     block.thin_ffn = block.thin_stream = block.thin_gain = None
     if config.placement == "residual":
         block.thin_stream = ThinPath(folded["stream"], like)
-        block.__class__ = student_class(MergedResidualBlock, original)
+        if pattern.norm1 != pattern.norm2:
+            delattr(block, pattern.norm1)
+        become(block, MergedResidualBlock, site, context)
     else:
         identity = (gain1, shift1) if config.identity == "paper" else (torch.ones_like(gain1), None)
         if config.router == "static":
-            ffn = _fold_static(block, identity, folded["ffn"], folded["stream"])
+            neurons = folded["stream"] if stream_folds(block) else None
+            ffn = fold_static(block, identity, folded["ffn"], neurons)
+            if folded["stream"] is not None and neurons is None:
+                block.thin_stream = ThinPath(folded["stream"], like)
         else:
-            ffn = _fold_routed(block, identity, folded["ffn"])
+            ffn = fold_routed(block, identity, folded["ffn"])
             block.thin_ffn = ThinPath(folded["ffn"], like)
             block.thin_stream = None if folded["stream"] is None else ThinPath(folded["stream"], like)
-        setattr(block, pattern.ffn, ffn)
-        delattr(block, pattern.norm2)
-        block.__class__ = student_class(MergedBlock, original)
-    delattr(block, pattern.norm1)
+        if pattern.ffn == ".":
+            for name in (*site.ffn.first, site.ffn.out):
+                delattr(block, name)
+        setattr(block, folded_name(pattern.ffn), ffn)
+        for name in {pattern.norm1, pattern.norm2}:
+            delattr(block, name)
+        become(block, MergedBlock, site, context)
     del block.pia_ffn, block.pia_stream
 
 
-def _double(tensor: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like, dtype=torch.float64) if tensor is None else tensor.double()
+def _merge_adapted(attention: Any) -> None:
+    """W (x̂ + U (C x̂ + c) + u0) = W (I + U C) x̂ + W (U c + u0), for each of q, k and v.
 
-
-def _projections(block: Any) -> tuple[list[nn.Linear], nn.Linear, nn.Module]:
-    pattern, ffn = block.eas_pattern, getattr(block, block.eas_pattern.ffn)
-    first = [getattr(ffn, name) for name in pattern.ffn_in]
-    return first, getattr(ffn, pattern.ffn_out), getattr(ffn, pattern.activation)
-
-
-def _fold_static(
-    block: Any, identity: tuple[Tensor, Tensor | None], correction: FoldedPia, stream: FoldedPia | None
-) -> FoldedFfn:
-    """FFN(g2 ⊙ (i(u) + Δf) + b2), plus Δr as linear neurons, as one FFN that reads u.
-
-    With i(u) = g u + b and Δf = U (R u + r + p) + u0 (design §3), each first projection W, β becomes
-        W' = W G2 (diag g + U R),   β' = β + W (G2 (b + U r + u0) + b2),   per sample + W G2 U p.
-    Δr = U (R u + r + p) + u0 becomes neurons R u + r + p behind an activation that is linear for them, with down
-    columns U: a gate with weight 0 and bias act⁻¹(1), or pairs ± when the FFN is not gated.
+    An adapter stays where something else reads the attention's input too, or where the weights are quantised.
     """
-    pattern = block.eas_pattern
-    first, out, activation = _projections(block)
-    _, gain2, shift2 = split_norm(getattr(block, pattern.norm2))
-    g2, g = gain2.double().unsqueeze(1), identity[0].double()
-    up = correction.ups[0]
-    mixed = g2 * (torch.diag(g) + up @ correction.down)
-    constant = _double(identity[1], g) + up @ correction.down_bias + correction.up_biases[0]
-    constant = g2.squeeze(1) * constant + _double(shift2, g)
-    weights = [layer.weight.double() @ mixed for layer in first]
-    biases = [layer.weight.double() @ constant + _double(layer.bias, layer.weight[:, 0]) for layer in first]
-    injects = [layer.weight.double() @ (g2 * up) for layer in first]
-    out_weight, out_bias = out.weight.double(), _double(out.bias, out.weight[:, 0])
-    pools = [] if correction.pool is None else [correction.pool]
-    if stream is not None:
-        columns, blank = stream.ups[0], torch.zeros_like(stream.down)
-        rank = columns.shape[1]
-        if pattern.gated:
-            rows = [(blank, torch.full_like(stream.down_bias, constant_gate(activation)), 0.0)]
-            rows.append((stream.down, stream.down_bias, 1.0))
-            out_weight = torch.cat([out_weight, columns], dim=1)
-        else:
-            check_odd_part(activation)
-            both = torch.cat([stream.down, -stream.down])
-            rows = [(both, torch.cat([stream.down_bias, -stream.down_bias]), 1.0)]
-            out_weight = torch.cat([out_weight, columns, -columns], dim=1)
-        out_bias = out_bias + stream.up_biases[0]
-        if stream.pool is not None:
-            pools.append(stream.pool)
-        eye = torch.eye(rank, dtype=torch.float64, device=columns.device)
-        for i, (weight, bias, through) in enumerate(rows):
-            lower = through * (eye if pattern.gated else torch.cat([eye, -eye]))
-            injects[i] = torch.block_diag(injects[i], lower)
-            weights[i], biases[i] = torch.cat([weights[i], weight]), torch.cat([biases[i], bias])
-    ffn = FoldedFfn((*pattern.ffn_in, pattern.ffn_out), activation)
-    for name, weight, bias in zip(pattern.ffn_in, weights, biases, strict=True):
-        setattr(ffn, name, linear(weight, None if pools else bias, out.weight))
-    keep_bias = out.bias is not None or stream is not None
-    setattr(ffn, pattern.ffn_out, linear(out_weight, out_bias if keep_bias else None, out.weight))
-    if pools:
-        ffn.pool = linear(torch.cat(pools), None, out.weight)
-        ffn.inject = linear(torch.cat(injects), torch.cat(biases), out.weight)
-    return ffn
-
-
-def _fold_routed(block: Any, identity: tuple[Tensor, Tensor | None], correction: FoldedPia) -> FoldedFfn:
-    """FFN(g2 ⊙ v + b2) for v = i(u) + Δ: the norm's affine part folds, the routed Δ stays a thin path in front.
-
-    On the `paper` identity path the constant b1 folds too, while g1 ⊙ u stays a product (`thin_gain`): dividing it
-    out of W would need g1 ≠ 0.
-    """
-    pattern = block.eas_pattern
-    first, out, activation = _projections(block)
-    _, gain2, shift2 = split_norm(getattr(block, pattern.norm2))
-    gain, shift = identity
-    if block.eas_config.identity == "paper":
-        block.thin_gain = nn.Parameter(gain.detach().clone(), requires_grad=False)
-    g2 = gain2.double()
-    constant = g2 * _double(shift, g2) + _double(shift2, g2)
-    ffn = FoldedFfn((*pattern.ffn_in, pattern.ffn_out), activation)
-    for name, layer in zip(pattern.ffn_in, first, strict=True):
-        weight = layer.weight.double()
-        bias = weight @ constant + _double(layer.bias, layer.weight[:, 0])
-        setattr(ffn, name, linear(weight * g2, bias, out.weight))
-    setattr(ffn, pattern.ffn_out, out)
-    return ffn
-
-
-def _merge_adapted(block: Any, adapted: AdaptedNorm, pattern: Any) -> None:
-    """W (x̂ + U (C x̂ + c) + u0) = W (I + U C) x̂ + W (U c + u0), for each of q, k and v."""
-    adapter: Any = adapted.adapter
-    weight = getattr(getattr(block, pattern.attention), pattern.qkv[0]).weight
-    folded = fold_pia(adapter, torch.ones_like(weight[0]), None, pooled=False)
-    if folded.router is not None:
-        adapted.adapter = ThinPath(folded, weight)
+    site, adapter = attention.eas_site, attention.eas_adapter
+    layers = [attention.get_submodule(name) for name in site.qkv]
+    folded = fold_pia(adapter, torch.ones_like(adapter.down.weight[0]), None, pooled=False)
+    if folded.router is not None or not _reads_alone(attention, layers):
+        attention.eas_adapter = ThinPath(folded, adapter.down.weight)
         return
-    attention = getattr(block, pattern.attention)
     constant = folded.ups[0] @ folded.down_bias + folded.up_biases[0]
-    for name in pattern.qkv:
-        layer = getattr(attention, name)
-        w = layer.weight.double()
-        bias = _double(layer.bias, layer.weight[:, 0]) + w @ constant
-        setattr(attention, name, linear(w + (w @ folded.ups[0]) @ folded.down, bias, layer.weight))
-    setattr(block, pattern.norm1, adapted.norm)
+    for name, layer in zip(site.qkv, layers, strict=True):
+        weight, bias = dense(layer)
+        merged = linear(weight + (weight @ folded.ups[0]) @ folded.down, bias + weight @ constant, layer.weight)
+        attention.set_submodule(name, merged)
+    del attention.eas_adapter
+    change_class(attention, attention.original)
+
+
+def _reads_alone(attention: Any, layers: list[nn.Module]) -> bool:
+    """Whether query, key and value read the hidden states, and no other matrix of the attention does."""
+    if {"to_tensor", "key", "keys", "value", "encoder_hidden_states"} & set(attention.eas_form.parameters):
+        return False  # keys and values may come from elsewhere
+    linears = [part for part in attention.modules() if isinstance(part, nn.Linear | Conv1D)]
+    inside = [part for part in linears if not any(part is one for one in attention.eas_adapter.modules())]
+    others = len(inside) - len(layers)
+    return all(isinstance(layer, nn.Linear | Conv1D) and layer.weight.is_floating_point() for layer in layers) and (
+        others <= (0 if attention.eas_site.pattern.writer else 1)
+    )
 
 
 @dataclass(frozen=True)
@@ -233,8 +212,20 @@ class MergeReport:
         return asdict(self)
 
 
+def default_tolerance(reference: Tensor, other: Tensor) -> float:
+    """Largest difference that is rounding: 1e-4 in float32, where folded weights round once more per layer.
+
+    In half precision the merged model also computes in it what adapters computed in float32: 16 roundings of the
+    largest value, which is 0.125 of it in bfloat16 and 0.016 in float16.
+    """
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in (reference, other))
+    if eps <= torch.finfo(torch.float32).eps:
+        return 1e-4
+    return 16 * eps * max(1.0, reference.abs().max().item())
+
+
 def verify_merge(
-    student: nn.Module, merged: nn.Module, inputs: Mapping[str, Tensor], tolerance: float = 1e-4
+    student: nn.Module, merged: nn.Module, inputs: Mapping[str, Tensor], tolerance: float | None = None
 ) -> MergeReport:
     """Compare two models on the same inputs, e.g. a student and its merged form.
 
@@ -242,7 +233,7 @@ def verify_merge(
         student: the reference.
         merged: the model that must agree with it.
         inputs: keyword arguments of `forward`.
-        tolerance: largest absolute difference allowed. 1e-4 suits float32: folded weights round once more per layer.
+        tolerance: largest absolute difference allowed; None for that of `default_tolerance`.
 
     Raises:
         VerificationError: a difference above the tolerance, or not finite; its `report` holds all of them.
@@ -261,6 +252,8 @@ def verify_merge(
         for name, first in outputs[0].items()
         if isinstance(first, Tensor) and isinstance(second := outputs[1].get(name), Tensor)
     }
+    if tolerance is None:
+        tolerance = max(default_tolerance(outputs[0][name], outputs[1][name]) for name in differences)
     report = MergeReport(differences, tolerance)
     worst = max(differences, key=lambda name: differences[name] if differences[name] == differences[name] else 1e38)
     if not differences[worst] <= tolerance:

@@ -81,7 +81,7 @@ class Pia(nn.Module):
         """w: [2] for the static router, [B, 1 or n, 2] for the routed one."""
         logits: Tensor = self.router_bias
         if self.router_weight is not None:
-            logits = logits + session.mean(f"{key}.router", x, self.router_weight)
+            logits = logits + session.router_mean(f"{key}.router", x, self.router_weight)
         return torch.softmax(logits / self.shape.temperature, dim=-1)
 
     def static_up(self) -> tuple[Tensor, Tensor]:
@@ -91,15 +91,19 @@ class Pia(nn.Module):
         first, second = self.experts()
         return w[0] * first.dense() + w[1] * second.dense(), w[0] * first.bias + w[1] * second.bias
 
-    def forward(self, x: Tensor, session: PoolSession, key: str = "pia") -> Tensor:
-        """Δ for the normalised tokens `x` [B, n, d]; `key` names this PIA within its site. Returns [B, n, d]."""
+    def forward(self, x: Tensor, session: PoolSession, key: str = "pia", other: Tensor | None = None) -> Tensor:
+        """Δ for the normalised tokens `x` [B, n, d]; `key` names this PIA within its site. Returns [B, n, d].
+
+        Pooled term and router look at `other` [B, m, d] where it is given (cross-attention: the other stream).
+        """
+        seen = x if other is None else other
         z = self.down(x)
         if self.pool is not None and session.mode != "none":
-            z = z + session.mean(f"{key}.pool", x, self.pool.weight) + self.pool.bias
+            z = z + session.mean(f"{key}.pool", seen, self.pool.weight) + self.pool.bias
         z = self.shape.mix * z
         if self.router_weight is None:
             return F.linear(z, *self.static_up())
-        w = self.shape.scale * self.expert_weights(x, session, key)
+        w = self.shape.scale * self.expert_weights(seen, session, key)
         first, second = (F.linear(z, up.dense(), up.bias) for up in self.experts())
         return w[..., :1] * first + w[..., 1:] * second
 

@@ -6,12 +6,13 @@ and, when the model decodes with a cache, keeps what the next call needs. The mo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eas_search.exceptions import UnsupportedModelError
 from eas_search.skip_config import Pooling
 
 
@@ -24,6 +25,7 @@ class PoolState:
 
     def rows(self, index: Tensor) -> PoolState:
         """The state of the given batch rows (beam search reorders, repeats and drops rows)."""
+        index = index.to(self.value.device)  # the stack's devices may differ
         return PoolState(self.value[index], None if self.count is None else self.count[index])
 
 
@@ -36,12 +38,27 @@ class PoolSession:
         mask: [B, n], 1 for the tokens that may enter; None: all of them.
         states: one entry per mean, kept between calls of the same generation; None when nothing is cached.
         scratch: shared by the sites of a stack during one pass, for what is the same at all of them.
+        refusal: why nobody knows which tokens may enter; '' when that is known.
+        spare_first: whether the router leaves out the first token of every row (`SkipConfig.router_spares_first`).
     """
 
     mode: Pooling
     mask: Tensor | None = None
     states: dict[str, PoolState] | None = None
     scratch: dict[str, Tensor] = field(default_factory=dict)
+    refusal: str = ""
+    spare_first: bool = False
+
+    def router_mean(self, key: str, x: Tensor, weight: Tensor) -> Tensor:
+        """`mean`, without the first token of every row where the router spares it."""
+        if not self.spare_first or self.mode == "none" or (self.states or {}).get(key) is not None:
+            return self.mean(key, x, weight)  # in a later piece there is no first token
+        if "spared" not in self.scratch:
+            seen = torch.ones_like(x[..., 0], dtype=torch.bool) if self.mask is None else self.mask.bool()
+            self.scratch["spared"] = seen & (seen.cumsum(dim=1) > 1)
+            self.scratch["spared weights"] = _weights(self.scratch["spared"], x)
+        weights = {"weights": self.scratch["spared weights"]}
+        return replace(self, mask=self.scratch["spared"], scratch=weights).mean(key, x, weight)
 
     def mean(self, key: str, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Mean over tokens of W x_t.
@@ -58,13 +75,22 @@ class PoolSession:
         project = (lambda values: values) if weight is None else (lambda values: F.linear(values, weight))
         if self.mode == "none":
             return project(x)
+        if self.refusal:
+            raise UnsupportedModelError(
+                f"a block with a skipped attention cannot pool: {self.refusal}; expected the tokens of its stack: "
+                "choose pooling 'none' or leave this stack's sites in"
+            )
         state = None if self.states is None else self.states.get(key)
         if self.mode == "prefix":
             return self._running(key, project(x), state)
         if state is not None:
             return state.value
-        # The mean comes first: one token per sample then meets the weight.
-        value = project(self._mean_of_tokens(x))
+        # The mean comes first: one token per sample then meets the weight. In double precision, which costs nothing on
+        # one token and keeps a rounding that would reach all of them out of the sum.
+        value = self._mean_of_tokens(x)
+        if weight is not None:
+            precise = torch.float32 if x.device.type == "mps" else torch.float64
+            value = F.linear(value.to(precise), weight.to(precise)).to(x.dtype)
         if self.states is not None:
             self.states[key] = PoolState(value)
         return value
@@ -74,18 +100,17 @@ class PoolSession:
             return x.mean(dim=1, keepdim=True)
         weights = self.scratch.get("weights")
         if weights is None:
-            mask = self.mask.to(x.dtype)
-            # Rows without a pooled token (all padding) get a zero mean instead of 0/0.
-            weights = self.scratch["weights"] = (mask / mask.sum(dim=1, keepdim=True).clamp(min=1.0)).unsqueeze(1)
+            weights = self.scratch["weights"] = _weights(self.mask, x)
         # A batched product reads x once; multiplying by the weights and summing would write a copy of it.
-        return torch.bmm(weights.to(x.dtype), x)
+        return torch.bmm(weights.to(x), x)
 
     def _running(self, key: str, values: Tensor, state: PoolState | None) -> Tensor:
+        dtype, values = values.dtype, values.to(_accumulator(values))
         if self.mask is None:
             counts = torch.arange(1, values.shape[1] + 1, device=values.device, dtype=values.dtype).view(1, -1, 1)
             counts = counts.expand(values.shape[0], -1, 1)
         else:
-            mask = self.mask.to(values.dtype).unsqueeze(-1)
+            mask = self.mask.to(values).unsqueeze(-1)
             values, counts = values * mask, mask.cumsum(dim=1)
         sums = values.cumsum(dim=1)
         if state is not None:
@@ -93,4 +118,15 @@ class PoolSession:
             sums, counts = sums + state.value, counts + state.count
         if self.states is not None:
             self.states[key] = PoolState(sums[:, -1:], counts[:, -1:])
-        return sums / counts.clamp(min=1.0)
+        return (sums / counts.clamp(min=1.0)).to(dtype)
+
+
+def _weights(mask: Tensor, x: Tensor) -> Tensor:
+    """[B, 1, n]: what turns a sum into a mean. Rows without a pooled token (all padding) get zero instead of 0/0."""
+    mask = mask.to(_accumulator(x))
+    return (mask / mask.sum(dim=1, keepdim=True).clamp(min=1.0)).unsqueeze(1)
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    """At least float32: in bfloat16 a count stops at 256 and a long sum no longer grows."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -13,6 +13,8 @@ Placement = Literal["ffn", "residual", "parallel"]
 Pooling = Literal["prompt", "prefix", "all", "none"]
 Router = Literal["static", "routed"]
 IdentityPath = Literal["noop", "paper"]
+Adapter = Literal["light", "lora"]
+Tower = Literal["text", "vision", "audio", "fusion"]
 
 
 class SkipConfig(BaseModel):
@@ -27,7 +29,13 @@ class SkipConfig(BaseModel):
             never enters; `prefix`: the tokens up to each one; `all`: every token (encoders); `none`: no pooled term.
             Vision sites of a multimodal model always pool over `all` unless this is `none`.
         router: `static` (two constant expert weights, folds into plain weights) or `routed` (per sample).
-        adapter_dim: rank of the light adapters in front of every *kept* attention; 0 means none.
+        router_spares_first: whether the mean that a routed router reads leaves out the first token of every row, as
+            LaVIN's do (its modality token, and CLIP's class token); the pooled term includes it.
+        adapter_dim: rank of the adapters of every *kept* attention; 0 means none.
+        adapter: what these are: `light` (light adapters in front of the attention) or `lora` (PEFT's LoRA on the query
+            and value projections of the text tower).
+        adapter_towers: towers whose kept attentions get adapters; None: `text`, and for light adapters any other tower
+            of which some site is skipped.
         identity: what reaches the FFN beside the PIA: `noop` (norm without its affine part, so that a zero PIA equals
             deleting the attention) or `paper` (the normalised input with it, arXiv 2403.15226).
         groups: number of groups of the up-projections; divides `pia_dim`, `adapter_dim` and the model's width.
@@ -42,7 +50,10 @@ class SkipConfig(BaseModel):
     placement: Placement = "parallel"
     pooling: Pooling = "prompt"
     router: Router = "static"
+    router_spares_first: bool = False
     adapter_dim: int = 0
+    adapter: Adapter = "light"
+    adapter_towers: tuple[Tower, ...] | None = None
     identity: IdentityPath = "noop"
     groups: int = 2
     scale: float = 1.0

@@ -13,9 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from eas_search.architectures import AttentionSite, attention_sites, resolve_skip
-from eas_search.blocks import AdaptedNorm, light_adapter_for, skip_block
-from eas_search.context import EnterStack, LeaveStack, NotePrompt, TokenContext
+from eas_search.architectures.surroundings import takes_tokens
+from eas_search.blocks import skip_site
+from eas_search.context import TokenContext
 from eas_search.exceptions import ConfigError
+from eas_search.head import own_head
+from eas_search.hooks import EnterStack, LeaveStack, NotePrompt
+from eas_search.lora import attach_lora
+from eas_search.parts import adapt_attention
 from eas_search.skip_config import Pooling, SkipConfig
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -45,7 +50,9 @@ def share_copy(model: Model) -> Model:
     """
     memo: dict[int, Any] = {}
     for tensor in model.parameters():
-        memo[id(tensor)] = nn.Parameter(tensor.detach(), requires_grad=False)
+        # A quantised weight is an object of its own kind that nobody trains: it is shared as it is.
+        view = nn.Parameter(tensor.detach(), requires_grad=False) if tensor.is_floating_point() else tensor
+        memo[id(tensor)] = view
     for buffer in model.buffers():
         memo[id(buffer)] = buffer
     return copy.deepcopy(model, memo)
@@ -87,12 +94,13 @@ def _build(
     config: SkipConfig,
     supernet: bool = False,
 ) -> Model:
-    routed_adapters = config.adapter_dim > 0 and config.router == "routed"
+    routed_adapters = config.adapter_dim > 0 and config.adapter == "light" and config.router == "routed"
     if config.pooling == "all" and any(site.causal for site in (sites if routed_adapters else chosen)):
         raise ConfigError(
             "pooling 'all' lets a decoder look ahead; expected 'prompt', 'prefix' or 'none' for causal sites"
         )
     student = share_copy(model)
+    own_head(student)
     stacks: dict[str, list[AttentionSite]] = defaultdict(list)
     for site in sites:
         stacks[site.stack].append(site)
@@ -102,11 +110,21 @@ def _build(
     return student
 
 
-def stack_pooling(config: SkipConfig, site: AttentionSite) -> Pooling:
-    """The pooling of the stack that holds `site`: a vision tower has no prompt, so it pools over all its tokens."""
-    if site.tower == "vision" and config.pooling != "none":
-        return "all"
-    return config.pooling
+def stack_pooling(model: nn.Module, config: SkipConfig, sites: Sequence[AttentionSite]) -> Pooling:
+    """The pooling of the sites of one kind in one stack.
+
+    Only a decoder has a prompt: encoders pool over all their tokens (a text encoder over those so far if that is asked
+    for), cross-attentions over those of the other stream, and a decoder behind an encoder, whose prompt is the
+    encoder's input, over the tokens so far. Rows that are not samples (packed images, windows of one image) give no
+    mean over a sample's tokens.
+    """
+    site = sites[0]
+    if config.pooling == "none" or (site.kind == "self" and any(one.flat for one in sites)):
+        return "none"
+    if not site.causal:
+        return "prefix" if config.pooling == "prefix" and site.tower == "text" and site.kind == "self" else "all"
+    behind_encoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    return "prefix" if behind_encoder and config.pooling == "prompt" else config.pooling
 
 
 def _build_stack(
@@ -117,36 +135,53 @@ def _build_stack(
     config: SkipConfig,
     supernet: bool,
 ) -> None:
-    """Skip the chosen sites of one stack, give light adapters to the kept ones and install the hooks they need."""
-    vision = members[0].tower == "vision"
+    """Skip the chosen sites of one stack, adapt the kept ones and install the hooks they need."""
+    text = members[0].tower in ("text", "fusion")
     touched = any(site.index in chosen for site in members)
-    # Light adapters follow the text tower's training; a vision tower gets them only when some of its sites are skipped.
-    adapted = config.adapter_dim > 0 and (not vision or touched)
+    # Light adapters follow the text tower's training; another tower gets them only when some of its sites are skipped.
+    lora = config.adapter == "lora"
+    towers = config.adapter_towers
+    wanted = (text or (touched and not lora)) if towers is None else members[0].tower in towers
+    adapted = config.adapter_dim > 0 and wanted
     if not adapted and not touched:
         return
-    keeps_means = adapted and config.router == "routed" and config.pooling != "none"
+    keeps_means = adapted and not lora and config.router == "routed" and config.pooling != "none"
     gone = set() if supernet else {site.index for site in members if site.index in chosen}
-    context = TokenContext(
-        pooling=stack_pooling(config, members[0]),
-        skipped=frozenset(site.layer for site in members if site.index in gone),
-        stateful=frozenset(site.layer for site in members if site.index not in gone and keeps_means),
-    )
-    for site in members:
-        block = student.get_submodule(site.block)
-        if adapted and site.index not in gone:
-            norm = getattr(block, site.pattern.norm1)
-            adapter = light_adapter_for(config, site.width).to(norm.weight.device)
-            setattr(block, site.pattern.norm1, AdaptedNorm(norm, adapter, context, site.layer))
-        if site.index in chosen:
-            skip_block(block, site, config, context, supernet)
-    if vision:
-        return
-    student.register_forward_pre_hook(NotePrompt(context), with_kwargs=True)
+    own = [site for site in members if site.kind == "self"]
+    crossing = [site for site in members if site.kind == "cross"]
     module = student.get_submodule(stack)
-    module.register_forward_pre_hook(EnterStack(context), with_kwargs=True)
-    module.register_forward_hook(LeaveStack(context), always_call=True)
-    if hasattr(student, "generate"):
-        student.eas_context = context  # type: ignore[assignment]
+    hooked = takes_tokens(module)
+    causal = [site for site in own if site.causal]
+    contexts = {
+        kind: TokenContext(
+            pooling=stack_pooling(student, config, sites),
+            skipped=frozenset(site.layer for site in causal if site.index in gone),
+            stateful=frozenset(site.layer for site in causal if site.index not in gone and keeps_means),
+            layers=1 + max(site.layer for site in members) if hooked else 0,
+            spare_first=config.router_spares_first,
+            causal=bool(causal),
+            streams=members[0].tower == "fusion" and not causal,
+        )
+        for kind, sites in (("self", own), ("cross", crossing))
+        if sites
+    }
+    for site in members:
+        context = contexts[site.kind]
+        if adapted and site.index not in gone and site.adaptable:
+            if lora:
+                attach_lora(student.get_submodule(site.name), site.qkv, config)
+            elif site.whole or not supernet or site.index not in chosen:
+                adapt_attention(student, site, config, context)
+        if site.index in chosen:
+            skip_site(student, site, config, context, supernet)
+    own_context, cross = contexts.get("self") or TokenContext(pooling="none"), contexts.get("cross")
+    student.register_forward_pre_hook(NotePrompt(own_context, members[0].tower != "vision"), with_kwargs=True)
+    if not hooked:
+        return
+    module.register_forward_pre_hook(EnterStack(own_context, cross), with_kwargs=True)
+    module.register_forward_hook(LeaveStack(own_context, cross), always_call=True)
+    if hasattr(student, "generate") and causal:
+        student.eas_context = own_context  # type: ignore[assignment]
         student.generate = types.MethodType(_generate, student)  # type: ignore[assignment]
 
 
@@ -162,7 +197,7 @@ def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def adapter_parameters(student: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters of a student by name: its PIAs and light adapters."""
+    """The trainable parameters of a student by name: its PIAs, the adapters of kept attentions, and a new head."""
     return {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
 
 

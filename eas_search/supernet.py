@@ -11,11 +11,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from eas_search.architectures import AttentionSite
-from eas_search.blocks import AdaptedNorm, SupernetBlock
+from eas_search.blocks import SupernetBlock
 from eas_search.exceptions import ConfigError
+from eas_search.head import copy_head
+from eas_search.lora import copy_lora
+from eas_search.parts import AdaptedAttention
 from eas_search.pia import Pia, copy_slice
 from eas_search.skip_config import Placement, SkipConfig
 from eas_search.skipping import adapter_parameters, apply_switches, load_adapters
+from eas_search.stand_ins import SupernetStandIn
 from eas_search.warm_start import SiteMoments, write_closed_form
 
 
@@ -26,6 +30,7 @@ class Supernet:
         model: the module tree; skips whatever `set_skips` said last.
         sites: the searchable sites, in the order of `attention_sites`.
         config: the largest configuration, with an empty skip set.
+        placement: whose adapters stand in when `set_skips` is not told.
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[AttentionSite], config: SkipConfig) -> None:
@@ -40,26 +45,27 @@ class Supernet:
         if config.skip:
             raise ConfigError(f"a supernet starts with nothing skipped; expected skip = [], got {list(config.skip)}")
         self.sites, self.config = tuple(sites), config
+        self.placement: Placement = config.placement
         self.model = apply_switches(model, config, self.sites)
 
-    def block(self, site: AttentionSite) -> SupernetBlock:
-        """The switchable block of a site."""
-        block = self.model.get_submodule(site.block)
-        assert isinstance(block, SupernetBlock)
-        return block
+    def host(self, site: AttentionSite) -> SupernetBlock | SupernetStandIn:
+        """What can be switched at a site: its block, or its attention alone."""
+        host = self.model.get_submodule(site.host)
+        assert isinstance(host, SupernetBlock | SupernetStandIn)
+        return host
 
     def set_skips(self, skip: Iterable[int], placement: Placement | None = None) -> None:
-        """Skip exactly the sites with these indexes, with the adapters of `placement` (None: the configuration's)."""
+        """Skip exactly the sites with these indexes, with the adapters of `placement` (None: of `self.placement`)."""
         chosen = set(skip)
-        config = self.config if placement is None else self.config.model_copy(update={"placement": placement})
+        config = self.config.model_copy(update={"placement": placement or self.placement})
         for site in self.sites:
-            block = self.block(site)
-            block.skipping, block.eas_config = site.index in chosen, config
+            host = self.host(site)
+            host.skipping, host.eas_config = site.index in chosen, config
 
     def pias(self, site: AttentionSite) -> dict[str, Pia]:
         """The PIAs of a site by target: `ffn`, `stream`."""
-        block = self.block(site)
-        both = {"ffn": getattr(block, "pia_ffn", None), "stream": getattr(block, "pia_stream", None)}
+        host = self.host(site)
+        both: dict[str, Any] = {"ffn": getattr(host, "pia_ffn", None), "stream": getattr(host, "pia_stream", None)}
         return {name: pia for name, pia in both.items() if pia is not None}
 
     def warm_start(self, moments: dict[str, SiteMoments]) -> dict[str, float]:
@@ -79,23 +85,35 @@ class Supernet:
         load_adapters(self.model, tensors)
 
     def take_light_adapters(self, student: nn.Module) -> None:
-        """Start the light adapters from those of a trained student that skips nothing."""
+        """Start the adapters of attentions, and a new head, from those of a trained student that skips nothing."""
         _copy_light_adapters(student, self.model)
 
     def inherit(self, student: nn.Module) -> None:
         """Give a student made from the same model the weights of this supernet's adapters (copied)."""
         for site in self.sites:
-            block = student.get_submodule(site.block)
+            host = _module(student, site.host)
             for target, pia in self.pias(site).items():
-                theirs = getattr(block, f"pia_{target}", None)
+                theirs = getattr(host, f"pia_{target}", None)
                 if theirs is not None:
                     copy_slice(pia, theirs)
         _copy_light_adapters(self.model, student)
 
 
 def _copy_light_adapters(source: Any, target: Any) -> None:
-    """Copy the light adapters of all sites that have one in both students, switchable or not."""
+    """Copy a new head, and the adapters of all attentions that are kept in both students, switchable or not."""
+    copy_head(source, target)
+    copy_lora(source, target)
     for site in source.eas.sites:
-        theirs, mine = (getattr(tree.get_submodule(site.block), site.pattern.norm1, None) for tree in (source, target))
-        if isinstance(theirs, AdaptedNorm) and isinstance(mine, AdaptedNorm):
-            mine.adapter.load_state_dict(theirs.adapter.state_dict())
+        theirs, mine = (_module(tree, site.name) for tree in (source, target))
+        if isinstance(theirs, AdaptedAttention) and isinstance(mine, AdaptedAttention):
+            given, taken = (getattr(attention, "eas_adapter", None) for attention in (theirs, mine))
+            if given is not None and taken is not None:
+                taken.load_state_dict(given.state_dict())
+
+
+def _module(tree: nn.Module, path: str) -> Any:
+    """The module at `path`, or None where it was deleted."""
+    try:
+        return tree.get_submodule(path)
+    except AttributeError:
+        return None

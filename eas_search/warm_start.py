@@ -9,16 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from eas_search.architectures import AttentionSite
+from eas_search.architectures.calls import CallForm, call_form
 from eas_search.architectures.norms import split_norm
-from eas_search.blocks import AdaptedNorm
 from eas_search.context import TokenContext
+from eas_search.models.calling import without_cache
+from eas_search.parts import StudentPart, other_stream
 from eas_search.pia import Pia
+from eas_search.pooling import PoolSession
 from eas_search.skip_config import IdentityPath
+from eas_search.stand_ins import stand_in_input
 from eas_search.training import on_device
 
 
@@ -60,7 +65,7 @@ def calibrate(
     """Moments of every site of `model` over calibration batches, by site name.
 
     A token counts as much as the task's loss depends on it: its weight is the norm of the loss's gradient with respect
-    to the residual stream behind the attention, ‖∂L/∂(x + attention)‖. Most tokens of a deep layer do not matter any
+    to what the attention adds, ‖∂L/∂ attention‖. Most tokens of a deep layer do not matter any
     more; an unweighted fit spends its rank on them (`studies/closed_form` compares the two).
 
     Args:
@@ -70,20 +75,17 @@ def calibrate(
             and all tokens count the same.
         identity: the identity path on which the `ffn` target depends.
     """
-    recorders = []
-    for site in sites:
-        block = model.get_submodule(site.block)
-        recorders.append(_Recorder(block, site, SiteMoments(), identity))
+    recorders = [_Recorder(model, site, SiteMoments(), identity) for site in sites]
     handles = [handle for recorder in recorders for handle in recorder.attach()]
     try:
         model.eval()
         for batch in batches:
             moved = on_device(batch, model)
             with torch.set_grad_enabled("labels" in moved):
-                output = model(**moved, use_cache=False)
+                output = model(**moved, **without_cache(model))
             gradients: Sequence[Tensor | None] = [None] * len(recorders)
             if "labels" in moved:
-                streams = [recorder.h for recorder in recorders]
+                streams = [recorder.a for recorder in recorders]
                 gradients = torch.autograd.grad(output.loss, streams, allow_unused=True)
             for recorder, gradient in zip(recorders, gradients, strict=True):
                 recorder.record(gradient)
@@ -94,66 +96,104 @@ def calibrate(
 
 
 class _Recorder:
-    """Hooks of one site: remember x when the block starts and h when its second norm is called."""
+    """Hooks of one site: remember x, what the attention read (x̂) and what it gave (a)."""
 
-    def __init__(self, block: nn.Module, site: AttentionSite, moments: SiteMoments, identity: IdentityPath) -> None:
-        norm1 = getattr(block, site.pattern.norm1)
-        # Each stack has its own context: that of a vision tower knows no prompt and pools over all its tokens.
-        context = (norm1 if isinstance(norm1, AdaptedNorm) else block).eas_context
-        self.norm1 = norm1.norm if isinstance(norm1, AdaptedNorm) else norm1
-        self.norm2 = getattr(block, site.pattern.norm2)
-        self.normalise1, self.normalise2 = split_norm(self.norm1)[0], split_norm(self.norm2)[0]
-        self.block, self.site = block, site
-        self.context: TokenContext = context  # type: ignore[assignment]
-        self.moments, self.identity = moments, identity
-        self.x = self.h = torch.empty(0)
+    def __init__(self, model: nn.Module, site: AttentionSite, moments: SiteMoments, identity: IdentityPath) -> None:
+        self.block, self.attention = model.get_submodule(site.block), model.get_submodule(site.name)
+        host: Any = model.get_submodule(site.host)
+        self.context: TokenContext = host.eas_context
+        self.writer = model.get_submodule(f"{site.block}.{site.pattern.writer}") if site.pattern.writer else None
+        self.site, self.moments, self.identity = site, moments, identity
+        self.normalise1 = self.normalise2 = None
+        if site.whole:
+            norms = (getattr(self.block, name) for name in (site.pattern.norm1, site.pattern.norm2))
+            self.normalise1, self.normalise2 = (split_norm(norm, site.width)[0] for norm in norms)
+        self.x = self.x_hat = self.a = torch.empty(0)
+        self.other: Tensor | None = None
+        self.added: Tensor | None = None
+        self.mask: Tensor | None = None
 
     def attach(self) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
-        """Install the two hooks."""
+        """Install the hooks."""
         return (
-            self.block.register_forward_pre_hook(self._start),
-            self.norm2.register_forward_pre_hook(self._second_norm),
+            self.block.register_forward_pre_hook(self._start, with_kwargs=True),
+            self.attention.register_forward_pre_hook(self._attend, with_kwargs=True),
+            (self.writer or self.attention).register_forward_hook(self._written),
         )
 
-    def _start(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.x = args[0]
-        if torch.is_grad_enabled() and not self.x.requires_grad:
-            self.x.requires_grad_()  # nothing before this block is trainable: the graph begins here
+    def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.x = call_form(_original(module)).first(args, kwargs)
 
-    def _second_norm(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.h = args[0]
+    def _attend(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        form = call_form(_original(module))
+        self.x_hat = stand_in_input(form, self.site, args, kwargs)
+        self.other = other_stream(form, args, kwargs) if self.site.kind == "cross" else None
+        if self.context.streams:
+            seen = self.x_hat if self.other is None else self.other
+            mask = form.argument("attention_mask", args, kwargs)
+            self.mask = self.context.session(self.site.layer, seen, mask).mask
+        self.added = form.argument(self.site.pattern.adds, args, kwargs) if self.site.pattern.adds else None
+
+    def _written(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.a = CallForm.unpack(output)
+        if torch.is_grad_enabled() and not self.a.requires_grad:
+            self.a.requires_grad_()  # nothing before this block is trainable: the graph begins here
 
     @torch.no_grad()
     def record(self, gradient: Tensor | None) -> None:
         """Add the tokens of the last forward pass, weighted by the norm of `gradient` [B, n, d] (None: all alike)."""
-        x, h = self.x.detach(), self.h.detach()
-        x_hat = self.norm1(x)
-        session = self.context.session(self.site.layer)
-        features = x_hat
+        context, cross = self.context, self.site.kind == "cross"
+        # Means as a pass without a cache has them; the pass itself is over.
+        mask = self.mask if context.streams else context.mask
+        session = PoolSession(context.pooling, mask)
+        x_hat, a = self.x_hat.detach(), self.a.detach()
+        if self.added is not None:
+            a = a - self.added
+        mean = None
         if session.mode != "none":
-            features = torch.cat([x_hat, session.mean("calibrate", x_hat).expand_as(x_hat)], dim=-1)
-        weights = torch.ones(x.shape[:2], device=x.device) if gradient is None else gradient.float().norm(dim=-1)
-        kept = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        if session.mask is not None:
-            kept = session.mask.bool()
+            seen = x_hat if self.other is None else self.other.detach()
+            mean = session.mean("calibrate", seen).expand(*x_hat.shape[:-1], -1)
+        kept = torch.ones(x_hat.shape[:-1], dtype=torch.bool, device=x_hat.device)
+        if mask is not None and not cross:
+            kept = mask.bool().view(kept.shape)
+        weights = torch.ones(int(kept.sum()), device=x_hat.device)
+        if gradient is not None:
+            norms = gradient.float().norm(dim=-1)[kept]
+            # Relative to the batch, so that a batch with a large loss does not outweigh the others; a site on which
+            # the loss does not depend at all is fitted as if all tokens mattered.
+            weights = norms / norms.mean() if norms.mean() > 0 else weights
+        features = x_hat if mean is None else torch.cat([x_hat, mean], dim=-1)
+        targets = {name: value[kept] for name, value in self._targets(x_hat, a).items()}
+        self.moments.add(features[kept], targets, weights)
+
+    def _targets(self, x_hat: Tensor, a: Tensor) -> dict[str, Tensor]:
+        """What is lost with the attention, at each place where a PIA can write."""
+        if self.normalise1 is None or self.normalise2 is None:
+            return {"stream": a}
+        x = self.x.detach()
+        if self.site.pattern.post_attention:
+            a = getattr(self.block, self.site.pattern.post_attention)(a)
         identity = x_hat if self.identity == "paper" else self.normalise1(x)
-        targets = {"stream": (h - x)[kept], "ffn": (self.normalise2(h) - identity)[kept]}
-        weights = weights[kept]
-        mean = weights.mean()
-        # Relative to the batch, so that a batch with a large loss does not outweigh the others; a site on which the
-        # loss does not depend at all is fitted as if all tokens mattered.
-        self.moments.add(features[kept], targets, weights / mean if mean > 0 else torch.ones_like(weights))
+        h = x + a if self.site.residual == "sequential" else x
+        return {"stream": a, "ffn": self.normalise2(h) - identity}
+
+
+def _original(module: nn.Module) -> type:
+    """The class that says how a module is called."""
+    kind: type = module.original if isinstance(module, StudentPart) else type(module)
+    return kind
 
 
 @torch.no_grad()
-def write_closed_form(pia: Pia, moments: SiteMoments, target: str, ridge: float = 1e-3) -> float:
+def write_closed_form(pia: Pia, moments: SiteMoments, target: str, ridge: float = 1e-2) -> float:
     """Give `pia` the reduced-rank least-squares weights for `target`; each output group gets its share of the rank.
 
     Args:
         pia: both experts get the same up-projection, so the router does not matter at the start.
         moments: of the PIA's site.
         target: `stream` or `ffn`.
-        ridge: added to the features' covariance, relative to its mean diagonal.
+        ridge: added to the features' covariance, relative to its mean diagonal. There are far fewer samples of a mean
+            than of a token; without enough of it the pooled weights fit their noise and grow.
 
     Returns:
         R², the share of the target's variance that the full-rank regression on these features explains.

@@ -9,9 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eas_search.architectures import PATTERNS, attention_sites, prove_sites, resolve_skip
+from eas_search.architectures import (
+    BlockPattern,
+    attention_sites,
+    prove_sites,
+    refused_sites,
+    register_pattern,
+    resolve_skip,
+)
 from eas_search.architectures.norms import split_norm
+from eas_search.architectures.patterns import _registered as registered
 from eas_search.exceptions import ConfigError, UnsupportedModelError
+from eas_search.proof import prove_deletion
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import apply_skips
 
@@ -71,8 +80,8 @@ def test_the_text_tower_of_llava_comes_first(llava: Any) -> None:
 def test_a_tower_alone_keeps_its_indexes(llava: Any) -> None:
     assert [site.index for site in attention_sites(llava, ["vision"])] == [4, 5, 6]
     assert [site.index for site in attention_sites(llava, ["text"])] == [0, 1, 2, 3]
-    with pytest.raises(ConfigError, match="tower 'audio' is unknown; expected 'text' or 'vision'"):
-        attention_sites(llava, ["text", "audio"])
+    with pytest.raises(ConfigError, match="tower 'video' is unknown; expected one of text, vision, audio"):
+        attention_sites(llava, ["text", "video"])
 
 
 def test_a_skip_set_is_resolved_in_the_order_of_the_sites(llava: Any) -> None:
@@ -110,25 +119,114 @@ def test_other_families_with_the_same_parts_are_proved_and_skipped(family: str) 
     )
 
 
-@pytest.mark.parametrize("family", ["GPT2", "Gemma2", "Bert", "OPT"])
-def test_models_of_other_patterns_are_refused(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "pattern", "residual", "whole"),
+    [
+        ("GPT2", "gpt2", "sequential", True),
+        ("Gemma2", "gemma", "sequential", True),
+        ("OPT", "opt", "sequential", True),
+        ("Phi3", "llama", "sequential", True),
+        ("GPTNeoX", "llama", "parallel", True),
+        ("Phi", "phi", "parallel", True),
+        ("Olmo2", "self_attn", "sequential", False),
+        ("Bert", "bert", "sequential", False),
+    ],
+)
+def test_families_resolve_to_their_pattern(family: str, pattern: str, residual: str, whole: bool) -> None:
+    """Names alone do not tell: Llama's names stand for a parallel residual in GPT-NeoX; numbers decide."""
     changes = {"GPT2": {"n_embd": 16, "n_layer": 2, "n_head": 2}, "OPT": {"ffn_dim": 24, "word_embed_proj_dim": 16}}
+    changes["Phi3"] = {"pad_token_id": 0}
     model = tiny(family, **changes.get(family, {}))
-    with pytest.raises(UnsupportedModelError, match="has no block of a known pattern") as caught:
-        attention_sites(model)
+    sites = attention_sites(model)
+    found = {(site.pattern.name, site.residual, site.whole, site.width) for site in sites}
+    assert found == {(pattern, residual, whole, 16)}
+    assert {site.placements for site in sites} == {("ffn", "residual", "parallel") if whole else ("residual",)}
+    assert {site.causal for site in sites} == {family != "Bert"}
+    assert all(bool(site.merge_refusal) != whole for site in sites)
+    inputs = {"input_ids": torch.arange(12).view(2, 6)}
+    prove_sites(model, sites, inputs)
+    assert prove_deletion(model, sites, inputs) == {}
+
+
+def test_a_model_without_attention_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="has no attention that can be skipped") as caught:
+        attention_sites(nn.Sequential(nn.Linear(4, 4)))
     assert "\n" not in str(caught.value)
-    assert all(pattern.name in str(caught.value) for pattern in PATTERNS)
+    assert "register_pattern" in str(caught.value)
 
 
-def test_a_block_with_the_right_names_and_another_function_is_refused() -> None:
-    """Granite's blocks are named like Llama's, but scale both residuals."""
+def test_a_block_with_the_right_names_and_another_function_only_gets_a_stand_in() -> None:
+    """Granite's blocks are named like Llama's, but scale both residuals: nothing can be folded into their FFN."""
+    inputs = {"input_ids": torch.arange(6).view(1, 6)}
     model = tiny("Granite", residual_multiplier=0.3)
     sites = attention_sites(model)
-    assert [site.pattern.name for site in sites] == ["llama", "llama"]
+    assert {site.whole for site in sites} == {False}
+    assert "plain residuals" in str(sites[0].merge_refusal)
+    assert prove_deletion(model, sites, inputs) == {}
+    with pytest.raises(UnsupportedModelError, match=r"placement .ffn. at model\.layers\.0\.self_attn"):
+        apply_skips(model, SkipConfig(skip=(0,), placement="ffn"))
+    plain = tiny("Granite", residual_multiplier=1.0)
+    assert {site.whole for site in attention_sites(plain)} == {True}
     with pytest.raises(UnsupportedModelError, match="recomposed from its parts it differs") as caught:
-        prove_sites(model, sites, {"input_ids": torch.arange(6).view(1, 6)})
+        prove_sites(model, attention_sites(plain), inputs)
     assert "\n" not in str(caught.value)
-    assert prove_sites(tiny("Granite", residual_multiplier=1.0), sites, {"input_ids": torch.arange(6).view(1, 6)})
+
+
+def test_an_attention_that_others_read_from_is_refused_by_name() -> None:
+    """T5's first layer makes the position bias of all others."""
+    import transformers
+
+    config = transformers.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=32)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    refused = refused_sites(model)
+    assert set(refused) == {f"{stack}.block.0.layer.0.SelfAttention" for stack in ("encoder", "decoder")}
+    assert all("position_bias" in reason for reason in refused.values())
+    kinds = [(site.kind, site.causal) for site in attention_sites(model)]
+    assert sorted(kinds) == [("cross", False), ("cross", False), ("self", False), ("self", True)]
+
+
+def test_a_registered_pattern_is_tried_first() -> None:
+    class OddBlock(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.mixing, self.between = nn.LayerNorm(8), OddAttention(), nn.LayerNorm(8)
+            self.network = OddFfn()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x + self.mixing(self.before(x))
+            return h + self.network(self.between(h))
+
+    model = nn.Module()
+    model.blocks = nn.ModuleList([OddBlock()])
+    with pytest.raises(UnsupportedModelError):
+        attention_sites(model)
+    pattern = BlockPattern("odd", "mixing", norms="pre", norm1="before", norm2="between", ffn="network")
+    register_pattern(pattern)
+    try:
+        (site,) = attention_sites(model)
+        assert site.whole
+        assert site.name == "blocks.0.mixing"
+    finally:
+        registered.remove(pattern)
+
+
+class OddAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.q_proj(x) @ self.k_proj(x).transpose(1, 2)
+        return self.o_proj(scores.softmax(-1) @ self.v_proj(x))
+
+
+class OddFfn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
 
 
 def test_a_site_that_a_pass_does_not_reach_is_refused(llava: Any, tokens: Tensor) -> None:
@@ -167,26 +265,18 @@ def test_a_norm_is_gain_times_normalised_plus_shift(kind: str, dtype: torch.dtyp
     torch.testing.assert_close(recomposed.double(), norm(x).double(), atol=4 * rounding, rtol=rounding)
 
 
-@pytest.mark.parametrize(
-    "norm", [Rms(8, gemma=True), nn.BatchNorm1d(8), nn.LayerNorm(8, elementwise_affine=False), nn.Identity()], ids=str
-)
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(8), nn.LayerNorm(8, elementwise_affine=False), nn.Identity()], ids=str)
 def test_a_norm_that_is_something_else_is_refused(norm: nn.Module) -> None:
     with pytest.raises(UnsupportedModelError, match="expected a LayerNorm or RMSNorm") as caught:
         split_norm(norm)
     assert "\n" not in str(caught.value)
 
 
-def test_gemma_skips_where_no_norm_is_taken_apart(tokens: Tensor) -> None:
-    model = tiny("Gemma", hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh")
-    for parameter in (parameter for name, parameter in model.named_parameters() if "norm" in name):
-        nn.init.normal_(parameter)
-    with pytest.raises(UnsupportedModelError, match="GemmaRMSNorm is not gain"):
-        apply_skips(model, SkipConfig(skip=(0,), placement="ffn"))
-    student = apply_skips(model, SkipConfig(skip=(0,), placement="residual")).eval()
-    with torch.no_grad():
-        model.model.layers[0].self_attn.o_proj.weight.zero_()
-        ids = tokens % 32
-        torch.testing.assert_close(student(ids).logits, model(ids).logits, atol=1e-5, rtol=0.0)
+def test_a_gain_of_one_plus_weight_is_taken_apart() -> None:
+    norm = Rms(8, gemma=True)
+    _, gain, shift = split_norm(norm)
+    torch.testing.assert_close(gain, 1 + norm.weight)
+    assert shift is None
 
 
 def test_a_causal_text_encoder_is_a_text_tower(randomise: Callable[..., nn.Module], tokens: Tensor) -> None:
@@ -195,7 +285,7 @@ def test_a_causal_text_encoder_is_a_text_tower(randomise: Callable[..., nn.Modul
     shape = {key: value for key, value in SMALL.items() if key not in ("num_key_value_heads", "head_dim")}
     torch.manual_seed(0)
     model = CLIPTextModel(CLIPTextConfig(**{**shape, "vocab_size": 64, "eos_token_id": 63})).eval()
-    assert {site.tower for site in attention_sites(model)} == {"text"}
+    assert {(site.tower, site.causal) for site in attention_sites(model)} == {("text", True)}
     student = randomise(apply_skips(model, SkipConfig(skip=(0,), pia_dim=4, pooling="prefix", adapter_dim=4)))
     other = tokens.clone()
     other[:, 7] += 1

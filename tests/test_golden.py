@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from eas_search.blocks import SkippedBlock
-from eas_search.context import question_mask
+from eas_search.masks import question_mask
 from eas_search.pia import Pia, PiaShape
 from eas_search.pooling import PoolSession
 from eas_search.redundancy import BanditConfig, EasBandit
@@ -164,7 +164,7 @@ def test_llava_layers_in_training_prefill_and_decoding(build_llama: Callable[...
     student = block_student(build_llama, data, **LLAVA_LAYERS[name])
     block = student.model.layers[0]
     kept = name.endswith("kept")
-    pia = block.input_layernorm.adapter if kept else block.pia_ffn
+    pia = block.self_attn.eas_adapter if kept else block.pia_ffn
     load_adapter(pia, data, "adapter_attn." if kept else "replaced_adapter.")
     seen = outputs_of_the_block(student)
     mask = data["in__attention_mask_train"].clamp(min=torch.finfo(torch.float32).min) if kept else None
@@ -199,10 +199,10 @@ def test_lavin_skipped_block(build_llama: Callable[..., Any]) -> None:
 def test_lavin_kept_block(build_llama: Callable[..., Any], masked: str, expected: str) -> None:
     data = golden("lavin_block_kept")
     student = block_student(build_llama, data, adapter_dim=8, scale=0.5)
-    norm = student.model.layers[0].input_layernorm
-    load_adapter(norm.adapter, data, "adapter_attn.")
+    attention = student.model.layers[0].self_attn
+    load_adapter(attention.eas_adapter, data, "adapter_attn.")
     seen, adapted = outputs_of_the_block(student), []
-    norm.register_forward_hook(lambda module, args, output: adapted.append(output))
+    attention.q_proj.register_forward_pre_hook(lambda module, args: adapted.append(args[0]))
     mask = data[masked].clamp(min=torch.finfo(torch.float32).min).expand(2, -1, -1, -1)
     student(inputs_embeds=data["in__x"], attention_mask=mask, prompt_mask=without_first(10), use_cache=False)
     close(adapted[0], data["out__adapter_out"])
@@ -212,8 +212,8 @@ def test_lavin_kept_block(build_llama: Callable[..., Any], masked: str, expected
 @pytest.mark.parametrize(
     ("name", "config"),
     [
-        ("lavin_bandit", BanditConfig("softmax", candidates=3, learning_rate=2.0, sharpness=10.0)),
-        ("llava_bandit", BanditConfig("sigmoid", candidates=5, learning_rate=1.0)),
+        ("lavin_bandit", BanditConfig(policy="softmax", candidates=3, learning_rate=2.0, sharpness=10.0)),
+        ("llava_bandit", BanditConfig(policy="sigmoid", candidates=5, learning_rate=1.0)),
     ],
 )
 def test_bandit_follows_the_published_updates(name: str, config: BanditConfig) -> None:

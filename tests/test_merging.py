@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from eas_search.exceptions import ConfigError, UnsupportedModelError, VerificationError
-from eas_search.merging import merge, verify_merge
+from eas_search.exceptions import ConfigError, VerificationError
+from eas_search.merging import MergedBlock, merge, verify_merge
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import apply_skips
 
@@ -218,11 +218,12 @@ def test_only_an_unmerged_student_merges(llama: Any) -> None:
 
 
 @pytest.mark.parametrize(("act", "gated"), [("tanh", False), ("leaky_relu", False), ("sigmoid", True), ("tanh", True)])
-def test_an_activation_without_linear_neurons_is_refused_where_they_are_needed(
+def test_without_linear_neurons_the_stream_pia_stays_two_thin_products(
     build_clip: Callable[..., Any],
     build_llama: Callable[..., Any],
     pixels: Tensor,
     tokens: Tensor,
+    randomise: Callable[..., nn.Module],
     act: str,
     gated: bool,
 ) -> None:
@@ -232,7 +233,9 @@ def test_an_activation_without_linear_neurons_is_refused_where_they_are_needed(
         else (build_clip(hidden_act=act), {"pixel_values": pixels})
     )
     values = {"skip": (0,), "pia_dim": 4, "pooling": "none"}
-    with pytest.raises(UnsupportedModelError, match="use placement 'ffn'"):
-        merge(apply_skips(model, SkipConfig(**values, placement="parallel")))
-    student = apply_skips(model, SkipConfig(**values, placement="ffn"))
-    assert verify_merge(student, merge(student), inputs).largest < SINGLE
+    for placement, thin in (("parallel", True), ("ffn", False)):
+        student = randomise(apply_skips(model, SkipConfig(**values, placement=placement)))
+        merged = merge(student)
+        assert verify_merge(student, merged, inputs).largest < SINGLE
+        (block,) = [part for part in merged.modules() if isinstance(part, MergedBlock)]
+        assert (block.thin_stream is not None) == thin

@@ -83,7 +83,7 @@ def test_weights_are_shared_and_only_adapters_train(llama: Any) -> None:
     theirs = {p.data_ptr() for p in llama.parameters()}
     own = {name: p for name, p in student.named_parameters() if p.data_ptr() not in theirs}
     assert own.keys() == adapter_parameters(student).keys()
-    assert {name.split(".")[4] for name in own if ".layers.1." not in name} == {"adapter"}
+    assert {name.split(".")[4] for name in own if ".layers.1." not in name} == {"eas_adapter"}
     assert all(".pia_ffn." in name or ".pia_stream." in name for name in own if ".layers.1." in name)
     assert not any(".layers.1.self_attn" in name for name, _ in student.named_parameters())
 

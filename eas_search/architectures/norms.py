@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +32,78 @@ class Normalise(nn.Module):
         return f"eps={self.eps}, centred={self.centred}"
 
 
-def split_norm(norm: nn.Module) -> tuple[Normalise, Tensor, Tensor | None]:
+@dataclass(frozen=True)
+class AffineForm:
+    """How a norm's affine part is stored: gain = weight + `offset` (1 in Gemma), ones when it has no weight."""
+
+    centred: bool
+    offset: float
+
+    def gain(self, norm: Any) -> Tensor | None:
+        """g [d]; None stands for ones."""
+        weight = getattr(norm, "weight", None)
+        return weight if weight is None or not self.offset else weight + self.offset
+
+    def apply(self, norm: Any, v: Tensor) -> Tensor:
+        """g ⊙ v + b for v [..., d] that is already normalised."""
+        gain, shift = self.gain(norm), getattr(norm, "bias", None)
+        v = v if gain is None else v * gain
+        return v if shift is None else v + shift
+
+
+def _epsilon(norm: nn.Module) -> float | None:
+    names = ("variance_epsilon", "eps", "epsilon", "norm_eps")
+    return next((value for name in names if isinstance(value := getattr(norm, name, None), float)), None)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module is a LayerNorm or RMSNorm by its name."""
+    return bool(re.search(r"(Layer|RMS)_?Norm", type(module).__name__, re.IGNORECASE))
+
+
+def affine_form(norm: nn.Module, width: int | None = None) -> AffineForm:
+    """Which of the known forms `norm` has; decided on numbers, so a norm that only looks like one is refused.
+
+    Args:
+        norm: a LayerNorm or RMSNorm module of whatever library class.
+        width: d, needed when the norm has no weight.
+
+    Raises:
+        UnsupportedModelError: none of the forms gives what the module gives.
+    """
+    weight, eps = getattr(norm, "weight", None), _epsilon(norm)
+    if eps is None or (weight is None and (width is None or not is_norm(norm))):
+        raise UnsupportedModelError(
+            f"norm {type(norm).__name__} has no weight or epsilon; expected a LayerNorm or RMSNorm: "
+            "skip only sites of other blocks"
+        )
+    centred = isinstance(norm, nn.LayerNorm) or "LayerNorm" in type(norm).__name__
+    forms = [AffineForm(centred, 0.0), AffineForm(False, 0.0), AffineForm(True, 0.0), AffineForm(False, 1.0)]
+    if weight is not None and weight.device.type == "meta":
+        return forms[3] if "Gemma" in type(norm).__name__ else forms[0]
+    with torch.no_grad():
+        like = torch.ones(width or 1) if weight is None else weight
+        x = torch.randn(4, like.shape[0], generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+        # Not centred, so that a LayerNorm and an RMSNorm cannot be taken for each other.
+        x = x + 0.5
+        wanted = norm(x)
+        # Two roundings of the weight's dtype, the product's and the norm's own; norms of `transformers` compute in
+        # float32 even for double input.
+        tolerance = 8 * max(torch.finfo(like.dtype).eps, torch.finfo(torch.float32).eps)
+        best = float("inf")
+        for form in forms:
+            recomposed = form.apply(norm, Normalise(eps, form.centred)(x))
+            difference = (recomposed - wanted).abs().max().item()
+            if difference <= tolerance * max(1.0, recomposed.abs().max().item()):
+                return form
+            best = min(best, difference)
+    raise UnsupportedModelError(
+        f"norm {type(norm).__name__} is not gain · normalise(x) + shift (difference {best:.2g}); "
+        "expected a LayerNorm or RMSNorm: skip only sites of other blocks"
+    )
+
+
+def split_norm(norm: nn.Module, width: int | None = None) -> tuple[Normalise, Tensor, Tensor | None]:
     """(normalise, gain [d], shift [d] or None) of a LayerNorm or RMSNorm module.
 
     The decomposition is checked on numbers, so a norm that only looks like one of these is refused.
@@ -36,28 +111,10 @@ def split_norm(norm: nn.Module) -> tuple[Normalise, Tensor, Tensor | None]:
     Raises:
         UnsupportedModelError: the module is neither, or computes something else.
     """
-    weight = getattr(norm, "weight", None)
-    epsilon = next((getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name)), None)
-    if weight is None or epsilon is None:
-        raise UnsupportedModelError(
-            f"norm {type(norm).__name__} has no weight or epsilon; expected a LayerNorm or RMSNorm: "
-            "skip only sites of other blocks"
-        )
-    centred = isinstance(norm, nn.LayerNorm)
-    normalise, shift = Normalise(epsilon, centred), getattr(norm, "bias", None)
-    if weight.device.type != "meta":
-        with torch.no_grad():
-            generator = torch.Generator().manual_seed(0)
-            x = torch.randn(4, weight.shape[0], generator=generator).to(weight.device, weight.dtype)
-            recomposed = weight * normalise(x) + (0.0 if shift is None else shift)
-            # Two roundings of the weight's dtype, the product's and the norm's own; norms of `transformers` compute in
-            # float32 even for double input.
-            eps = max(torch.finfo(weight.dtype).eps, torch.finfo(torch.float32).eps)
-            tolerance = 8 * eps * max(1.0, recomposed.abs().max().item())
-            difference = (recomposed - norm(x)).abs().max().item()
-        if not difference <= tolerance:
-            raise UnsupportedModelError(
-                f"norm {type(norm).__name__} is not gain · normalise(x) + shift (difference {difference:.2g}); "
-                "expected a LayerNorm or RMSNorm: skip only sites of other blocks"
-            )
-    return normalise, weight, shift
+    form, eps = affine_form(norm, width), _epsilon(norm)
+    assert eps is not None
+    gain = form.gain(norm)
+    if gain is None:
+        assert width is not None
+        gain = torch.ones(width)
+    return Normalise(eps, form.centred), gain, getattr(norm, "bias", None)

@@ -1,4 +1,4 @@
-"""The proof of a pattern: a block recomposed from its declared parts must equal the block."""
+"""The proof of a pattern on real inputs: a block recomposed from its declared parts must equal the block."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from eas_search.architectures.calls import CallForm, call_form
+from eas_search.architectures.recompose import ffn_of, run_ffn
 from eas_search.architectures.sites import AttentionSite
 from eas_search.exceptions import UnsupportedModelError
 
@@ -14,32 +16,31 @@ from eas_search.exceptions import UnsupportedModelError
 def prove_sites(
     model: nn.Module, sites: Sequence[AttentionSite], inputs: Mapping[str, Tensor], tolerance: float = 1e-5
 ) -> dict[str, float]:
-    """Run `model` once on real inputs and recompose every site's block from its parts.
+    """Run `model` once on real inputs and recompose the block of every site that is declared as a whole.
 
     Returns:
-        The largest relative difference per site name: max|y − recomposed| / max(1, max|y|).
+        The largest relative difference per site name: max|y − recomposed| / max(1, max|y|). Sites of which only the
+        attention is declared have nothing to recompose; what their deletion does is proved by `prove_deletion`.
 
     Raises:
         UnsupportedModelError: a block is not what its pattern declares (say, it scales its residuals), or a site was
             not reached by this forward pass.
     """
-    seen: dict[str, dict[str, Tensor]] = {site.block: {} for site in sites}
+    seen: dict[str, dict[str, Tensor]] = {site.name: {} for site in sites}
     handles = []
 
-    def keep(block: str, part: str):  # type: ignore[no-untyped-def]
-        def hook(_: nn.Module, args: tuple, output: object) -> None:
-            value = output[0] if isinstance(output, tuple) else output
-            seen[block][part] = value.detach()  # type: ignore[union-attr]
-            if part == "block":
-                seen[block]["x"] = args[0].detach()
+    def keep(site: AttentionSite, part: str):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+            seen[site.name][part] = CallForm.unpack(output).detach()
+            if part == "block" and site.whole:
+                seen[site.name]["x"] = call_form(type(module)).first(args, kwargs).detach()
 
         return hook
 
     for site in sites:
-        block = model.get_submodule(site.block)
-        handles.append(block.register_forward_hook(keep(site.block, "block")))
-        attention = getattr(block, site.pattern.attention)
-        handles.append(attention.register_forward_hook(keep(site.block, "attention")))
+        for part, path in (("block", site.block), ("attention", site.name)):
+            module = model.get_submodule(path)
+            handles.append(module.register_forward_hook(keep(site, part), with_kwargs=True))
     training = model.training
     try:
         model.eval()
@@ -52,10 +53,17 @@ def prove_sites(
 
     differences = {}
     for site in sites:
-        differences[site.name] = _difference(model.get_submodule(site.block), site, seen[site.block])
+        block = model.get_submodule(site.block)
+        if not {"attention", "block"} <= set(seen[site.name]):
+            raise UnsupportedModelError(
+                f"{site.name} was not reached by the forward pass; expected inputs that run it: leave its tower out"
+            )
+        if not site.whole:
+            continue
+        differences[site.name] = _difference(block, site, seen[site.name])
         if not differences[site.name] <= tolerance:
             raise UnsupportedModelError(
-                f"{type(model.get_submodule(site.block)).__name__} ({site.block}) is not the pattern "
+                f"{type(block).__name__} ({site.block}) is not the pattern "
                 f"{site.pattern.name!r}: recomposed from its parts it differs by {differences[site.name]:.2g} "
                 f"(tolerance {tolerance:g}); declare a BlockPattern for it"
             )
@@ -63,10 +71,19 @@ def prove_sites(
 
 
 def _difference(block: nn.Module, site: AttentionSite, seen: dict[str, Tensor]) -> float:
-    if not {"x", "attention", "block"} <= set(seen):
-        return float("nan")
+    pattern, x = site.pattern, seen["x"]
+    assert site.ffn is not None
+    if seen["x"].shape != seen["attention"].shape:
+        return float("inf")
     with torch.no_grad():
-        h = seen["x"] + seen["attention"]
-        recomposed = h + getattr(block, site.pattern.ffn)(getattr(block, site.pattern.norm2)(h))
+        added = seen["attention"]
+        if pattern.post_attention:
+            added = getattr(block, pattern.post_attention)(added)
+        h = x + added
+        v = getattr(block, pattern.norm2)(h if site.residual == "sequential" else x)
+        result = run_ffn(ffn_of(block, pattern.ffn), site.ffn, v)
+        if pattern.post_ffn:
+            result = getattr(block, pattern.post_ffn)(result)
+        recomposed = h + result
     size = max(1.0, seen["block"].abs().max().item())
     return (recomposed - seen["block"]).abs().max().item() / size
