@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from eas_search.models.calling import without_cache
 
-def accuracy_interval(correct: Tensor, confidence: float = 0.95) -> tuple[float, float, float]:
-    """(accuracy, low, high): Wilson's interval of a proportion (Wilson, JASA 1927) for [N] bool answers."""
-    count, right = len(correct), int(correct.sum())
-    interval = binomtest(right, count).proportion_ci(confidence, method="wilson")
-    return right / count, float(interval.low), float(interval.high)
+
+def accuracy_interval(scores: Tensor, confidence: float = 0.95) -> tuple[float, float, float]:
+    """(mean, low, high) of [N] sample scores from 0 to 1.
+
+    Wilson's interval of a proportion (Wilson, JASA 1927) where answers are right or wrong (bool, or all 0 and 1), else
+    Student's t interval of the mean, cut to the range of a score; one sample alone says nothing.
+    """
+    count = len(scores)
+    if scores.dtype == torch.bool or bool(((scores == 0) | (scores == 1)).all()):
+        right = int(scores.sum())
+        interval = binomtest(right, count).proportion_ci(confidence, method="wilson")
+        return right / count, float(interval.low), float(interval.high)
+    values = scores.double()
+    mean = values.mean().item()
+    if count == 1:
+        return mean, 0.0, 1.0
+    half = float(t.ppf((1 + confidence) / 2, count - 1)) * values.std().item() / math.sqrt(count)
+    return mean, max(0.0, mean - half), min(1.0, mean + half)
 
 
 @torch.no_grad()
 def kv_bytes_per_token(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """Bytes that the KV cache holds per token and sample after a prefill of `inputs`, measured; 0 without a cache."""
-    output = model(**inputs, use_cache=True)
+    output = model(**inputs, **dict.fromkeys(without_cache(model), True))
     cache = getattr(output, "past_key_values", None)
     if cache is None:
         return 0
@@ -38,7 +53,7 @@ def kv_bytes_per_token(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
 def prefill_flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """Floating-point operations of one prefill of `inputs`, as counted by torch (matrix products and attention)."""
     with FlopCounterMode(display=False) as counter:
-        model(**inputs, use_cache=False)
+        model(**inputs, **without_cache(model))
     return int(counter.get_total_flops())
 
 

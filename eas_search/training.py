@@ -11,8 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from eas_search.exceptions import ConfigError
+from eas_search.models.calling import without_cache
 
 Guard = Callable[[], AbstractContextManager[object]]
+# Per forward pass when samples are scored; the logits, 1 GiB in float32, are the largest tensor of a search.
+SCORED_TOKENS, SCORED_LOGITS = 2**14, 2**28
 
 
 class FineTuneConfig(BaseModel):
@@ -90,12 +93,13 @@ def fine_tune(
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, config.rate_at)
     batches = iter(endless(split, config.batch_size, torch.Generator().manual_seed(seed)))
+    plain = without_cache(model)
     model.train()
     for step in range(config.steps):
         with guard():
             if before_step is not None:
                 before_step(step, model)
-            loss = model(**on_device(next(batches), model), use_cache=False).loss
+            loss = model(**on_device(next(batches), model), **plain).loss
             optimizer.zero_grad(set_to_none=True)
             if loss.requires_grad:  # a skip set may leave no adapter in use
                 loss.backward()
@@ -108,17 +112,27 @@ def fine_tune(
 
 
 @torch.no_grad()
-def correct_answers(model: nn.Module, split: Any, batch_size: int = 200, guard: Guard = nullcontext) -> Tensor:
-    """Which samples of an encoded split the model answers right, [N] bool, in the split's order."""
-    from eas_search.tasks.encoding import exact_match
+def sample_scores(model: nn.Module, split: Any, batch_size: int | None = None, guard: Guard = nullcontext) -> Tensor:
+    """Scores of all samples of an encoded split by the task's metric, [N], in the split's order, higher is better.
 
+    They are bool where an answer is right or wrong, else floating point from 0 to 1. `batch_size` None: at most 200
+    samples, fewer where texts are long or the vocabulary is large.
+    """
+    batch_size = batch_size or _scored_at_once(model, split.tokens)
     model.eval()
-    right = []
-    for batch in split.batches(batch_size):
+    scores = []
+    for inputs, extras in split.scored_batches(batch_size):
         with guard():
-            moved = on_device(batch, model)
-            right.append(exact_match(model(**moved, use_cache=False).logits, moved["labels"]).cpu())
-    return torch.cat(right)
+            scores.append(split.scoring.score(model, on_device(inputs, model), on_device(extras, model)).cpu())
+    return torch.cat(scores)
+
+
+def _scored_at_once(model: Any, tokens: int) -> int:
+    """How many samples of `tokens` tokens fit into one forward pass."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    logits = tokens * int(getattr(text, "vocab_size", None) or 1)
+    return max(1, min(200, SCORED_TOKENS // tokens, SCORED_LOGITS // logits))
 
 
 @torch.no_grad()
@@ -126,6 +140,6 @@ def mean_loss(model: nn.Module, batch: dict[str, Tensor]) -> float:
     """Loss of one batch in eval mode; the model's mode is restored."""
     training = model.training
     model.eval()
-    loss = model(**on_device(batch, model), use_cache=False).loss.item()
+    loss = model(**on_device(batch, model), **without_cache(model)).loss.item()
     model.train(training)
     return loss

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from eas_search.architectures import AttentionSite, attention_sites, prove_sites
-from eas_search.exceptions import ConfigError
+from eas_search.exceptions import ConfigError, UnsupportedModelError
 from eas_search.latency import QuietLock
-from eas_search.models.loading import load_model
+from eas_search.models.loading import load_config, load_model, model_location
+from eas_search.models.options import LoadOptions
+from eas_search.proof import refuse_unsound
 from eas_search.search_space import SearchSpace
-from eas_search.settings import SearchSettings
-from eas_search.tasks import Split, get_task
+from eas_search.settings import SearchSettings, SpaceSettings
+from eas_search.skip_config import SkipConfig
+from eas_search.tasks import Split, Task, get_task
 from eas_search.training import on_device
 
 
@@ -27,19 +30,23 @@ class Workbench:
 
     Attributes:
         settings: of the search.
+        task: on which models are judged.
         model: the original model, frozen, in eval mode.
         processor: its tokenizer and image processor.
-        sites: the searchable attention sites.
+        space: the searchable attention sites and the choices at them.
         splits: encoded samples by split name.
         quiet: keeps other workers still while something is timed.
+        refused: sites that were left out of the space because they cannot be deleted, and why.
     """
 
     settings: SearchSettings
+    task: Task
     model: nn.Module
     processor: Any
-    sites: tuple[AttentionSite, ...]
+    space: SearchSpace
     splits: dict[Split, Any]
     quiet: QuietLock
+    refused: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, settings: SearchSettings, folder: Path | None = None) -> Workbench:
@@ -52,16 +59,11 @@ class Workbench:
         Raises:
             EasSearchError: whatever is wrong with the model, the task, its data or the search space.
         """
-        task = get_task(settings.task, settings.data)
-        model, processor = load_model(settings.model, settings.device, settings.dtype)
+        task = get_task(settings.task, settings.data, settings.task_options)
+        model, processor = load_for_task(task, settings.model, settings.loading)
         model.requires_grad_(False)
         every = tuple(attention_sites(model))
-        sites = tuple(site for site in every if site.tower in settings.space.towers)
-        if not sites:
-            raise ConfigError(
-                f"space.towers is {list(settings.space.towers)}, but the model only has "
-                f"{sorted({site.tower for site in every})}; choose one of these"
-            )
+        space = searched_space(settings, task, every)
         limits = settings.samples
         wanted: dict[Split, int | None] = {
             "train": limits.train,
@@ -70,15 +72,17 @@ class Workbench:
         }
         splits = {name: task.encode(processor, task.examples(name, limit)) for name, limit in wanted.items()}
         lock = None if folder is None or settings.jobs == 1 else folder / "quiet.lock"
-        bench = cls(settings, model, processor, sites, splits, QuietLock(lock))
         probe = on_device(next(iter(splits["validation"].batches(4))), model)
-        prove_sites(model, every, probe, tolerance=1e-5 if settings.dtype == "float32" else 5e-2)
-        return bench
+        single = settings.dtype == "float32"
+        prove_sites(model, space.sites, probe, tolerance=1e-5 if single else 5e-2)
+        refused = refuse_unsound(model, space.sites, probe, tolerance=1e-4 if single else 5e-2)
+        space = replace(space, sites=tuple(site for site in space.sites if site.name not in refused))
+        return cls(settings, task, model, processor, space, splits, QuietLock(lock), refused)
 
     @property
-    def space(self) -> SearchSpace:
-        """The search space over the searchable sites."""
-        return SearchSpace(self.sites, self.settings.space, self.settings.student)
+    def sites(self) -> tuple[AttentionSite, ...]:
+        """The searchable attention sites."""
+        return self.space.sites
 
     @property
     def guard(self) -> Callable[[], AbstractContextManager[None]]:
@@ -105,6 +109,48 @@ class Workbench:
             "threads": torch.get_num_threads(),
             "system": f"{platform.system()} {platform.machine()}",
         }
+
+
+def load_for_task(task: Task, name: str, options: LoadOptions) -> tuple[nn.Module, Any]:
+    """(model with the head that the task needs, processor); classes stand in the model's own order if it knows them.
+
+    Raises:
+        EasSearchError: whatever is wrong with the model or the task's data.
+    """
+    config = load_config(model_location(name), name, options.trust_remote_code)
+    if getattr(config, "num_images", task.num_images) != task.num_images:
+        raise UnsupportedModelError(
+            f"model {name!r} reads {config.num_images} image(s) with a text, task {task.name!r} has {task.num_images}; "
+            "expected as many: convert the checkpoint for this task"
+        )
+    if task.labels is not None:
+        task.adopt_labels([str(label) for label in (getattr(config, "id2label", None) or {}).values()])
+    return load_model(name, options, task.head, task.labels)
+
+
+def searched_space(settings: SearchSettings, task: Task, every: Sequence[AttentionSite]) -> SearchSpace:
+    """The search space: what the user asked for, and where that says nothing, what fits the model and the task.
+
+    Raises:
+        ConfigError: the model has no site in the towers that the user asked for.
+    """
+    wishes = settings.space
+    has = list(dict.fromkeys(site.tower for site in every))  # text first
+    # Layers in which two streams meet are what a task changes most; else it is the text tower, or the only one.
+    towers: Any = wishes.towers or (("fusion",) if "fusion" in has else (has[0],))
+    sites = tuple(site for site in every if site.tower in towers)
+    if not sites:
+        raise ConfigError(f"space.towers is {list(towers)}, but the model only has {has}; choose one of these")
+    whole = all(set(site.placements) >= {"parallel", "ffn"} for site in sites) and settings.quantization is None
+    placements = wishes.placements or (("parallel", "ffn") if whole else ("residual",))
+    # Classification pools over all tokens; a decoder must not look ahead, and all it is shown is a prompt.
+    usual = "prompt" if task.pooling == "all" and any(site.causal for site in every) else task.pooling
+    student = settings.student.model_dump() | {"pooling": settings.student.pooling or usual}
+    if student["adapter_towers"] is None and ("text" not in has or towers == ("fusion",)):
+        # The adapter-only baseline would otherwise train nothing but the head, or adapters elsewhere.
+        student["adapter_towers"] = towers
+    choices = SpaceSettings(towers=towers, pia_dims=wishes.pia_dims, placements=placements)
+    return SearchSpace(sites, choices, SkipConfig(**student), settings.fixed_k)
 
 
 def _cpu_name() -> str:

@@ -9,18 +9,18 @@ example is a function of (pool, index).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eas_search.exceptions import TaskDataError
+from eas_search.tasks.answers import AnswerTask
 from eas_search.tasks.base import Example, Split, limited
 from eas_search.tasks.digit_scenes import POOL_SIZES, draw_scenes
-from eas_search.tasks.vqa import VqaTask
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLOURS = ("red", "green", "blue", "yellow")  # in the order of TINTS
@@ -130,17 +130,17 @@ DOWNSTREAM_FAMILIES = (
 )
 
 
-class DigitsVqa(VqaTask):
+class DigitsVqa(AnswerTask):
     """The embedded task of the demo: the downstream families, in the shifted wording."""
 
     name: ClassVar[str] = "digits-vqa"
 
-    def __init__(self, data: Path | None = None) -> None:
+    def __init__(self, data: Path | None = None, options: Mapping[str, Any] | None = None) -> None:
         if data is not None:
             raise TaskDataError(
                 f"task 'digits-vqa' got the data folder '{data}' but carries its own data; leave out --data."
             )
-        super().__init__(data)
+        super().__init__(data, options)
 
     def examples(self, split: Split, limit: int | None = None) -> list[Example]:
         """The first `limit` examples of the split (all: 4,096 / 1,024 / 2,048)."""

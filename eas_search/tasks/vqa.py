@@ -1,124 +1,158 @@
-"""Encoding of image-and-question tasks for LLaVA-like processors: one text, at most one image per example."""
+"""`vqa`: questions in LLaVA's conversation format, about images in a folder or about nothing but their text.
+
+Every pair of a human turn and the answer to it is a sample of its own, without the turns before; `turns: first` keeps
+only the first pair of a conversation, for data whose later questions refer to earlier answers. A sample that answers
+with the letter of a listed option counts as right when that letter is the most likely one of the listed; any other when
+the answer's text is right but for case, punctuation and articles.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from eas_search.exceptions import TaskDataError
-from eas_search.tasks.base import Example, Task
+from eas_search.tasks.answers import AnswerTask
+from eas_search.tasks.base import Example, Split, TaskOptions
+from eas_search.tasks.sources import FileTask
+from eas_search.tasks.splits import split_named
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from eas_search.tasks.encoding import EncodedSplit
+    from eas_search.tasks.scoring import Scoring
 
-CHUNK = 256  # examples that the processor gets at once; bounds the memory of raw images
+IMAGE = "<image>"
 
 
-class VqaTask(Task):
-    """A task whose examples are questions (about an image, or plain text) with short answers.
+class VqaOptions(TaskOptions):
+    """Options of `vqa`.
 
-    The processor must expand the image placeholder itself and give every tensor with one row per example, as LLaVA's
-    does; otherwise `encode` refuses. Text-only tasks work with a bare tokenizer.
+    Attributes:
+        images: folder that the records' image names are relative to; None: `images` beside the annotations if there is
+            such a folder, else the annotations' own.
+        turns: `all` question-and-answer pairs of a conversation, or the `first`.
+        group_by: field of a record that scores are broken down by.
+        scoring: `teacher-forced`, one forward pass per sample, or `generated`, which lets the model answer freely.
     """
 
-    def format_prompt(self, processor: Any, example: Example) -> str:
-        """The prompt as text: by the processor's chat template, else the image token and the question."""
-        if getattr(processor, "chat_template", None):
-            content = [{"type": "image"}] if example.image is not None else []
-            content.append({"type": "text", "text": example.prompt})
-            text: str = processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True
-            )
-            return text
-        return example.prompt if example.image is None else f"{_image_token(processor)} {example.prompt}"
-
-    def encode(self, processor: Any, examples: Sequence[Example]) -> EncodedSplit:
-        """Prompt, answer and EOS as tensors, padded on the right (see EncodedSplit).
-
-        Raises TaskDataError if there are no examples, if only some have an image, if an answer has no
-        token, or if the processor does not give one row per example.
-        """
-        import torch
-
-        from eas_search.tasks.encoding import EncodedSplit
-
-        if not examples:
-            raise TaskDataError(
-                f"task '{self.name}' got 0 examples to encode; expected at least 1; check the split's data."
-            )
-        if len({e.image is None for e in examples}) == 2:
-            raise TaskDataError(
-                f"task '{self.name}' has examples with and without image; expected one kind; encode them apart."
-            )
-        tokenizer = getattr(processor, "tokenizer", processor)
-        rows: list[tuple[list[int], list[int]]] = []
-        others: dict[str, list[Tensor]] = {}
-        for start in range(0, len(examples), CHUNK):
-            part = examples[start : start + CHUNK]
-            texts = [self.format_prompt(processor, example) for example in part]
-            images = {} if part[0].image is None else {"images": [example.image for example in part]}
-            inputs = processor(text=texts, padding=True, padding_side="right", return_tensors="pt", **images)
-            _require_rows(self.name, inputs, len(part))
-            lengths = inputs.pop("attention_mask").sum(dim=1).tolist()
-            for text, example, ids, length in zip(texts, part, inputs.pop("input_ids").tolist(), lengths, strict=True):
-                rows.append((ids[:length], _answer_ids(tokenizer, text, example.answer)))
-            for name, value in inputs.items():
-                if name != "token_type_ids":
-                    others.setdefault(name, []).append(value)
-        tensors = _padded(
-            rows, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        )
-        tensors.update({name: torch.cat(values) for name, values in others.items()})
-        return EncodedSplit(tensors, tuple(example.group for example in examples))
+    images: Path | None = None
+    turns: Literal["all", "first"] = "all"
+    group_by: str = "answer_type"
+    scoring: Literal["teacher-forced", "generated"] = "teacher-forced"
 
 
-def _image_token(processor: Any) -> str:
-    token = getattr(processor, "image_token", None)
-    if not isinstance(token, str):
-        raise TaskDataError(
-            f"processor '{type(processor).__name__}' has no image token; expected one that takes images; "
-            "give a multimodal model's processor."
-        )
-    return token
+class Vqa(FileTask, AnswerTask):
+    """Visual question answering, or any short answers, from conversation files."""
 
-
-def _answer_ids(tokenizer: Any, prompt: str, answer: str) -> list[int]:
-    """Tokens of the answer as they follow the prompt, and EOS."""
-    joined = f"{prompt}{answer}" if prompt[-1:].isspace() else f"{prompt} {answer}"
-    before, both = (tokenizer(text).input_ids for text in (prompt, joined))
-    # Where a tokenizer merges across the boundary, the answer is tokenized on its own.
-    same = both[: len(before)] == before
-    ids: list[int] = both[len(before) :] if same else tokenizer(answer, add_special_tokens=False).input_ids
-    if not ids:
-        raise TaskDataError(f"answer '{answer}' has no token; expected a text of at least one; check the task's data.")
-    return [*ids, tokenizer.eos_token_id]
-
-
-def _require_rows(name: str, inputs: Any, count: int) -> None:
-    odd = [key for key, value in inputs.items() if len(value) != count]
-    if odd:
-        raise TaskDataError(
-            f"processor output '{odd[0]}' has {len(inputs[odd[0]])} rows for {count} examples of task '{name}'; "
-            "expected one row per example; use a model with one image tensor per image (LLaVA-like)."
-        )
-
-
-def _padded(rows: Sequence[tuple[list[int], list[int]]], padding: int) -> dict[str, Tensor]:
-    """Rows of (prompt ids, answer ids) → input_ids, attention_mask and labels [N, n], padded on the right."""
-    import torch
-
-    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
-    shape = (len(rows), longest)
-    ids, mask, labels = (
-        torch.full(shape, padding),
-        torch.zeros(shape, dtype=torch.long),
-        torch.full(shape, -100),
+    name: ClassVar[str] = "vqa"
+    metric: ClassVar[str] = "accuracy"
+    Options: ClassVar[type[TaskOptions]] = VqaOptions
+    from_hub: ClassVar[bool] = False
+    layout: ClassVar[str] = (
+        "conversations in LLaVA's format, a .json or .jsonl file or a folder with train.json, validation.json and "
+        "test.json"
     )
-    for i, (prompt, answer) in enumerate(rows):
-        end = len(prompt) + len(answer)
-        ids[i, :end] = torch.tensor([*prompt, *answer])
-        mask[i, :end] = 1
-        labels[i, len(prompt) : end] = torch.tensor(answer)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    source: ClassVar[str] = ""  # where the data set's pictures come from, for messages
+    options: VqaOptions
+
+    def read(self) -> Mapping[Split, Sequence[Example]]:
+        """See `FileTask.read`. Among several files of a split (train.json, train20.json) the choice is the user's."""
+        found: dict[Split, list[Example]] = {}
+        for split, file in self._files().items():
+            found[split] = [example for record in read_records(file) for example in self.samples(record, file)]
+        return found
+
+    def key(self, example: Example) -> str:
+        """Questions about one picture stay together."""
+        return self.picture(example.image) if example.image is not None else example.prompt
+
+    def _files(self) -> dict[Split, Path]:
+        if self.place.is_file():
+            return {"train": self.place}
+        files = sorted(path for path in self.place.iterdir() if path.suffix.lower() in (".json", ".jsonl"))
+        files = [file for file in files if self.wanted(file)]
+        found: dict[Split, Path] = {}
+        for file in files:
+            split = split_named(file.stem) or ("train" if len(files) == 1 else None)
+            if split in found:
+                raise TaskDataError(
+                    f"'{found[split].name}' and '{file.name}' in '{self.place}' are both for {split}; expected one "
+                    "file per split; move one away."
+                )
+            if split is not None:
+                found[split] = file
+        if not found:
+            raise TaskDataError(f"folder '{self.place}' has no file for task '{self.name}'; expected {self.layout}.")
+        return found
+
+    def wanted(self, file: Path) -> bool:
+        """Whether a file of annotations in the folder is to be read."""
+        return True
+
+    def samples(self, record: Any, file: Path) -> Iterator[Example]:
+        """The question-and-answer pairs of a record. Raises TaskDataError."""
+        turns = record.get("conversations") if isinstance(record, dict) else None
+        where = f"record {record.get('id', '?') if isinstance(record, dict) else record!r:.40} of '{file}'"
+        if not isinstance(turns, list) or not all(isinstance(t, dict) and {"from", "value"} <= t.keys() for t in turns):
+            raise TaskDataError(f"{where} has no conversation; expected a list of turns with 'from' and 'value'.")
+        texts = [str(turn["value"]).replace(IMAGE, "").strip() for turn in turns]
+        speakers = [turn["from"] for turn in turns]
+        pairs = [
+            i
+            for i in range(len(turns) - 1)
+            if speakers[i] in ("human", "user") and speakers[i + 1] not in ("human", "user", "system")
+        ]
+        if not pairs:
+            raise TaskDataError(
+                f"{where} has no question with an answer; expected a turn of 'human', then one of 'gpt'."
+            )
+        image = None if not record.get("image") else self._image(str(record["image"]), file)
+        group = str(record.get(self.options.group_by) or "all")
+        for i in pairs if self.options.turns == "all" else pairs[:1]:
+            yield Example(image, texts[i], texts[i + 1], group)
+
+    def _image(self, image: str, file: Path) -> Path:
+        folder = self.options.images
+        if folder is None:
+            folder = file.parent / "images" if (file.parent / "images").is_dir() else file.parent
+        path = folder / image
+        if not path.is_file():
+            raise TaskDataError(
+                f"image '{image}' named in '{file}' is not in '{folder}'; expected the data set's image folder"
+                f"{self.source and f' from {self.source}'}: put it there or name it in task_options, images."
+            )
+        return path
+
+    def scoring(self, tokenizer: Any, tensors: dict[str, Tensor]) -> Scoring:
+        """Choice accuracy where an option letter is the answer, else exact match of the normalised text."""
+        from eas_search.tasks.scoring import choice_or_text, generated
+
+        if self.options.scoring == "generated":
+            return generated(self.metric, tokenizer, tensors)
+        return choice_or_text(self.metric, tokenizer)
+
+    def extras(
+        self, tokenizer: Any, examples: Sequence[Example], texts: Sequence[str], tensors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Where option letters are chosen."""
+        from eas_search.tasks.choices import choice_tensors
+
+        return choice_tensors(tokenizer, examples, texts, tensors)
+
+
+def read_records(file: Path) -> list[Any]:
+    """The records of a JSON list or of JSON lines. Raises TaskDataError, naming file and line."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix.lower() == ".jsonl":
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        content = json.loads(text)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise TaskDataError(f"file '{file}' cannot be read as JSON ({reason}); expected a list of records.") from error
+    if not isinstance(content, list):
+        raise TaskDataError(f"file '{file}' holds a {type(content).__name__}; expected a list of records.")
+    return content
