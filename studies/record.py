@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,3 +33,17 @@ def load_config(study: Path) -> dict[str, Any]:
 def print_json(content: Any) -> None:
     """For studies whose result is small enough to read."""
     print(json.dumps(content, indent=2))
+
+
+def record_run(study: Path, run: Path, name: str = "search") -> Path:
+    """Keep the outcome of a finished search as a result of a study."""
+    from eas_search.study.outputs import read_json
+
+    summary = read_json(run / "summary.json")
+    hardware = summary.pop("hardware")
+    content = {"seed": summary["seed"], "summary": summary, "finalists": read_json(run / "pareto.json")}
+    return write_result(study, name, content, hardware)
+
+
+if __name__ == "__main__":  # python studies/record.py studies/vqav2_meter runs/vqav2_meter tiny
+    print("wrote", record_run(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:4]).name)

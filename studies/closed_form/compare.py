@@ -15,11 +15,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from eas_search.context import question_mask
+from eas_search.masks import question_mask
 from eas_search.settings import SearchSettings
 from eas_search.skipping import apply_skips
 from eas_search.supernet import Supernet
-from eas_search.training import correct_answers, fine_tune, seeded
+from eas_search.training import fine_tune, sample_scores, seeded
 from eas_search.warm_start import calibrate
 from eas_search.workbench import Workbench
 
@@ -36,11 +36,11 @@ def main() -> None:
     )
     bench = Workbench.open(settings)
     with seeded(config["seed"]):
-        adapted = apply_skips(bench.model, settings.student)
+        adapted = apply_skips(bench.model, bench.space.student)
     fine_tune(adapted, bench.splits["train"], settings.baseline, config["seed"])
     dims = {"weighted": config["pia_dim"], "unweighted": config["pia_dim"], "deletion": 0}
     supernets = {
-        name: Supernet(bench.model, bench.sites, settings.student.model_copy(update={"pia_dim": dim}))
+        name: Supernet(bench.model, bench.sites, bench.space.student.model_copy(update={"pia_dim": dim}))
         for name, dim in dims.items()
     }
     for supernet in supernets.values():
@@ -56,12 +56,12 @@ def main() -> None:
     ]
     for name, calibration in batches.items():
         supernets[name].warm_start(calibrate(supernets[name].model, bench.sites, calibration))
-    intact = correct_answers(adapted, bench.splits["test"]).float().mean().item()
+    intact = sample_scores(adapted, bench.splits["test"]).float().mean().item()
 
     def score(skip: tuple[int, ...], start: str, placement: str) -> float:
         supernet = supernets[start]
         supernet.set_skips(skip, placement)  # type: ignore[arg-type]
-        return correct_answers(supernet.model, bench.splits["test"]).float().mean().item()
+        return sample_scores(supernet.model, bench.splits["test"]).float().mean().item()
 
     rng = np.random.default_rng(config["seed"])
     columns = {

@@ -25,6 +25,7 @@ from eas_search.training import FineTuneConfig, fine_tune
 from eas_search.warm_start import calibrate
 from eas_search.workbench import Workbench
 
+PLACEMENTS = ("ffn", "residual", "parallel")
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from record import load_config, write_result  # noqa: E402
@@ -115,7 +116,7 @@ def all_students(bench: Workbench, config: dict[str, Any], router: str, pooling:
         )
     supernet = started_supernet(bench, adapted, common)
     students = []
-    for skip, placement in itertools.product(config["skips"], ("ffn", "residual", "parallel")):
+    for skip, placement in itertools.product(config["skips"], PLACEMENTS):
         student = apply_skips(bench.model, common.model_copy(update={"skip": tuple(skip), "placement": placement}))
         supernet.inherit(student)
         students.append(student.eval())
@@ -130,6 +131,7 @@ def main() -> None:
     image_token = bench.model.config.image_token_id
     batch = next(iter(bench.splits["train"].batches(4)))
     merged_worst: dict[str, dict[str, float]] = {}
+    more_worst: dict[str, dict[str, float]] = {}
     earlier: dict[str, float] = defaultdict(float)
     forms = itertools.product(("static", "routed"), ("prompt", "prefix", "none"), (0, config["adapter_dim"]))
     students = [student for form in forms for student in all_students(bench, config, *form)]
@@ -144,19 +146,27 @@ def main() -> None:
             with torch.no_grad():
                 pair = [logits(model, inputs, new, cached) for model in (student, merged)]
             key = f"{len(student.eas.skipped)} skipped: {' '.join(map(str, student.eas.config.skip))}"
-            row = merged_worst.setdefault(key, dict.fromkeys(("ffn", "residual", "parallel"), 0.0))
+            row = merged_worst.setdefault(key, dict.fromkeys(PLACEMENTS, 0.0))
             row[placement] = max(row[placement], (pair[0] - pair[1]).abs().max().item())
-    table = Table(title="Largest logit difference, merged against unmerged (float32)")
-    table.add_column("skip set")
-    for placement in ("ffn", "residual", "parallel"):
-        table.add_column(placement, justify="right")
-    for key, row in merged_worst.items():
-        table.add_row(key, *(f"{value:.1e}" for value in row.values()))
+        inputs = bench.splits["validation"].prompts(config["more_prompts"])
+        visible = inputs["attention_mask"].bool()
+        with torch.no_grad():
+            pair = [model(**inputs, use_cache=False).logits[visible] for model in (student, merged)]
+        row = more_worst.setdefault(key, dict.fromkeys(PLACEMENTS, 0.0))
+        row[placement] = max(row[placement], (pair[0] - pair[1]).abs().max().item())
     console = Console()
-    console.print(table)
+    for title, rows in (("batch 1 and 4", merged_worst), (f"{config['more_prompts']} other prompts", more_worst)):
+        table = Table(title=f"Largest logit difference, merged against unmerged (float32), {title}")
+        table.add_column("skip set")
+        for placement in PLACEMENTS:
+            table.add_column(placement, justify="right")
+        for key, row in rows.items():
+            table.add_row(key, *(f"{value:.1e}" for value in row.values()))
+        console.print(table)
     for pooling, value in earlier.items():
         console.print(f"pooling {pooling}: largest change of an earlier logit: {value!r}")
-    content = {"seed": config["seed"], "config": config, "merged": merged_worst, "earlier": earlier}
+    found = {"merged": merged_worst, "more_prompts": more_worst, "earlier": earlier}
+    content = {"seed": config["seed"], "config": config, **found}
     print("wrote", write_result(HERE, "measure", content, bench.hardware).name)
 
 

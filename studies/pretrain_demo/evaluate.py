@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from eas_search.tasks.digits_vqa import DigitsVqa, Family, Wording, draw_examples
-from eas_search.tasks.encoding import EncodedSplit, exact_match
+from eas_search.tasks.encoding import EncodedSplit
+from eas_search.tasks.scores import exact_match
 
 
 def family_split(processor: Any, families: Sequence[Family], wording: Wording, pool: str, count: int) -> EncodedSplit:
