@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from eas_search.auto_classes import register
+
 __version__ = "0.1.0"
 
 _EXPORTS = {
@@ -15,12 +17,21 @@ _EXPORTS = {
     "BlockPattern": "eas_search.architectures",
     "attention_sites": "eas_search.architectures",
     "prove_sites": "eas_search.architectures",
+    "refused_sites": "eas_search.architectures",
+    "register_pattern": "eas_search.architectures",
+    "prove_deletion": "eas_search.proof",
+    "survey": "eas_search.site_survey",
     "SkipConfig": "eas_search.skip_config",
     "apply_skips": "eas_search.skipping",
     "merge": "eas_search.merging",
     "verify_merge": "eas_search.merging",
     "save_pretrained": "eas_search.export",
     "load_pretrained": "eas_search.export",
+    "load_adapter": "eas_search.export",
+    "verify": "eas_search.export",
+    "plan_formats": "eas_search.export",
+    "export_student": "eas_search.export",
+    "ExportJob": "eas_search.export",
     "redundancy_scores": "eas_search.redundancy",
     "LatencyConfig": "eas_search.latency",
     "measure_latency": "eas_search.latency",
@@ -46,3 +57,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+register()  # with `transformers`, when that is imported

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,16 @@ from eas_search.skip_config import SkipConfig
 from eas_search.skipping import adapter_parameters, apply_skips, load_adapters
 from eas_search.stages import StageFolder
 from eas_search.supernet import Supernet
-from eas_search.training import correct_answers
+from eas_search.training import sample_scores
 from eas_search.workbench import Workbench
 
 
 @dataclass
 class Finalist:
-    """One re-trained configuration with its held-out accuracy; `student` is unmerged, `merged` what is timed."""
+    """One re-trained configuration with its held-out accuracy; `student` is unmerged, `merged` what is timed.
+
+    "Accuracy" is the mean score by the task's metric, `breakdown` holds further held-out figures by name.
+    """
 
     number: int
     config: SkipConfig
@@ -36,6 +39,7 @@ class Finalist:
     validation_accuracy: float
     student: nn.Module
     merged: nn.Module
+    breakdown: dict[str, float] = field(default_factory=dict)
 
 
 def select_finalists(accuracy: Sequence[float], latency: Sequence[float], count: int) -> list[int]:
@@ -73,9 +77,16 @@ def prepare_finalist(
     kept = folder.read(name)
     if kept is None:
         student = make_student(bench, supernet, config, bench.settings.final)
-        accuracy, low, high = accuracy_interval(correct_answers(student, bench.splits["test"]))
-        validation = correct_answers(student, bench.splits["validation"]).float().mean().item()
-        content = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "validation_accuracy": validation}
+        held_out = bench.splits["test"]
+        scores = sample_scores(student, held_out)
+        accuracy, low, high = accuracy_interval(scores)
+        content = {
+            "accuracy": accuracy,
+            "accuracy_low": low,
+            "accuracy_high": high,
+            "validation_accuracy": sample_scores(student, bench.splits["validation"]).double().mean().item(),
+            "breakdown": held_out.scoring.report(held_out, scores),
+        }
         folder.write(name, content, dict(adapter_parameters(student)))
     else:
         content = kept[0]
@@ -126,7 +137,7 @@ def _flat(latency: Latency) -> dict[str, float | None]:
         "prefill_s": latency.prefill.timing.median,
     }
     decode = None if latency.decode is None else latency.decode.ratio
-    for key, field in (("", "estimate"), ("_low", "low"), ("_high", "high")):
-        flat[f"decode_latency{key}"] = None if decode is None else getattr(decode, field)
+    for key, end in (("", "estimate"), ("_low", "low"), ("_high", "high")):
+        flat[f"decode_latency{key}"] = None if decode is None else getattr(decode, end)
     flat["decode_s"] = None if latency.decode is None else latency.decode.timing.median
     return flat

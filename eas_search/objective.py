@@ -21,7 +21,7 @@ from eas_search.merging import merge
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import apply_skips
 from eas_search.supernet import Supernet
-from eas_search.training import FineTuneConfig, correct_answers, fine_tune
+from eas_search.training import FineTuneConfig, fine_tune, sample_scores
 from eas_search.workbench import Workbench
 
 
@@ -30,7 +30,7 @@ class TrialResult:
     """Figures of one trial.
 
     Attributes:
-        accuracy: on the validation samples, 0 to 1.
+        accuracy: mean score of the validation samples by the task's metric, 0 to 1.
         latency: prefill time of the merged model relative to the original model in the same run.
         latency_low, latency_high: 95 % interval of that ratio.
         redundancy: mean redundancy score of the skipped sites (0 when nothing is skipped).
@@ -84,13 +84,13 @@ def evaluate(bench: Workbench, supernet: Supernet, scores: Sequence[float], conf
     """
     begin = time.perf_counter()
     student = make_student(bench, supernet, config, bench.settings.trial)
-    correct = correct_answers(student, bench.splits["validation"], guard=bench.guard)
+    scores_of_samples = sample_scores(student, bench.splits["validation"], guard=bench.guard)
     merged, inputs = merge(student).eval(), bench.latency_inputs()
     with bench.quiet.exclusive():
         report = measure_latency(merged, inputs, baseline=bench.model, config=bench.settings.trial_latency)
     ratio = report.prefill.ratio
     return TrialResult(
-        accuracy=correct.float().mean().item(),
+        accuracy=scores_of_samples.double().mean().item(),
         latency=ratio.estimate,
         latency_low=ratio.low,
         latency_high=ratio.high,

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from eas_search import __version__
 from eas_search.exceptions import ConfigError, EasSearchError
+from eas_search.names import SAMPLERS
 
 if TYPE_CHECKING:
     from eas_search.settings import SearchSettings
@@ -31,6 +32,8 @@ console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 INTERRUPTED, USER_ERROR, UNFINISHED = 130, 2, 1
+# Flags that no study file can set.
+TRUST, PLUGINS, STEPS = "trust_remote_code", "plugins", "fine_tune_steps"
 # typer carries its own copy of click, so the base of its errors is found through a public name.
 UsageError: Any = typer.BadParameter.__base__
 
@@ -49,19 +52,39 @@ def run_command(  # noqa: PLR0913, PLR0917  (one parameter per flag is how typer
     config: Annotated[Path | None, typer.Option(help="YAML study file; flags win over it.")] = None,
     model: Annotated[str | None, typer.Option(help="'demo', a hub id, or a model folder [default: demo].")] = None,
     task: Annotated[str | None, typer.Option(help="Name of a task [default: digits-vqa].")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder with the task's data.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The task's data: a file, a folder or a hub id.")] = None,
     output: Annotated[Path | None, typer.Option(help="Output folder [default: runs/STUDY_NAME].")] = None,
     study_name: Annotated[str | None, typer.Option(help="Name of the study [default: TASK-MODEL].")] = None,
     storage: Annotated[str | None, typer.Option(help="Optuna storage URL [default: OUTPUT/study.db].")] = None,
     seed: Annotated[int | None, typer.Option(help="Decides samples, proposals and training [default: 0].")] = None,
     jobs: Annotated[int | None, typer.Option(help="Worker processes [default: 1].")] = None,
-    sampler: Annotated[str | None, typer.Option(help="eas, tpe, nsga2, gp or random [default: eas].")] = None,
+    sampler: Annotated[str | None, typer.Option(help=f"{', '.join(SAMPLERS)} [default: eas].")] = None,
+    fine_tune_steps: Annotated[
+        int | None, typer.Option(help="Steps of every fine-tune; 0: no training, closed-form starts only.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps or auto [default: auto].")] = None,
     dtype: Annotated[str | None, typer.Option(help="Precision of the frozen model [default: float32].")] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="auto, or JSON from modules to devices: several devices [default: one].")
+    ] = None,
+    quantization: Annotated[str | None, typer.Option(help="4bit: frozen layers in NF4 (CUDA only).")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option(help="Recompute activations: less memory, slower training.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")
+    ] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(help="Python file or module to import first, which registers a task or pattern. Runs it."),
+    ] = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which no trial starts.")] = None,
     prefer: Annotated[
         str | None, typer.Option(help="knee, or accuracy=0.99 (× the baseline's) [default: knee].")
     ] = None,
+    show_batch: Annotated[
+        bool, typer.Option("--show-batch", help="Print the first training batch as the model gets it, and stop.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Search which attentions can go, and export a model without them.
@@ -81,6 +104,9 @@ def run_command(  # noqa: PLR0913, PLR0917  (one parameter per flag is how typer
             "sampler",
             "device",
             "dtype",
+            "device_map",
+            "quantization",
+            "gradient_checkpointing",
             "time_limit",
             "prefer",
         )
@@ -88,7 +114,19 @@ def run_command(  # noqa: PLR0913, PLR0917  (one parameter per flag is how typer
     }
     title = f"[bold]eas_search {__version__}[/bold]  which attentions can this model do without?"
     console.print(title)
-    _search(given, config, output, study_name, storage)
+    given |= {TRUST: trust_remote_code, PLUGINS: tuple(plugin or ()), STEPS: fine_tune_steps}
+    if show_batch:
+        _show_batch(given, config)
+    else:
+        _search(given, config, output, study_name, storage)
+
+
+def _show_batch(given: dict[str, Any], config: Path | None) -> None:
+    settings, _ = _settle(given, config, None, None, None)
+    from eas_search.study.preview import describe_first_batch
+
+    for line in describe_first_batch(settings):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _search(
@@ -142,12 +180,22 @@ def _settle(
     if (budget := given.get("budget")) is not None and budget < 1:
         raise ConfigError(f"--budget is {budget}; expected 1 or more completed trials: try --budget 50")
     from eas_search.models.loading import model_location
+    from eas_search.models.placement import check_placement
+    from eas_search.plugins import load_plugins
     from eas_search.settings import SearchSettings
     from eas_search.tasks import get_task
 
+    trust, plugins, steps = given.pop(TRUST, False), given.pop(PLUGINS, ()), given.pop(STEPS, None)
+    load_plugins(plugins)
     settings = SearchSettings(**given) if config is None else SearchSettings.from_file(config, given)
+    settings = settings.with_plugins(plugins)
+    if steps is not None:
+        settings = settings.fine_tuned_for(steps)
+    if trust:
+        settings = settings.trusting_remote_code()
     model_location(settings.model)
-    get_task(settings.task, settings.data)
+    check_placement(settings.loading)
+    get_task(settings.task, settings.data, settings.task_options)
     name = study_name or f"{settings.task}-{Path(settings.model).name}"
     # A name from a user never becomes a path: only harmless characters reach the file system.
     folder = output or Path("runs") / (re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "study")
@@ -166,15 +214,27 @@ def show_result(result: SearchResult) -> None:
     from eas_search.report.labels import runs
 
     baseline = result.baseline
-    title = "Pareto front: held-out accuracy, merged models timed side by side"
+    metric = result.summary["metric"]
+    title = f"Pareto front: held-out {metric}, merged models timed side by side"
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="bold")
-    right = ("accuracy", "prefill", "95 %", "decode", "KV")
+    perplexity = "perplexity" in baseline.breakdown
+    # A long name of the metric would take the place of a figure; the title has it.
+    score = ("accuracy" if "match" in metric else metric if len(metric) <= 8 else "score", *["perplexity"] * perplexity)
+    right = (*score, "prefill", "95 %", "decode", "KV")
     for heading in ("", "trial", "skipped", "PIA", *right):
         # Only the skip set may take several lines: everything else fits a terminal of 80 columns beside it.
         wraps = heading == "skipped"
         table.add_column(heading, justify="right" if heading in right else "left", no_wrap=not wraps)
     kv, decode = baseline.kv_bytes, baseline.decode_s is not None
-    reference = (f"{100 * baseline.accuracy:.1f} %", "1.00×", "", "1.00×" if decode else "", "100 %" if kv else "")
+    further = [f"{baseline.breakdown['perplexity']:.4g}"] if perplexity else []
+    reference = (
+        f"{100 * baseline.accuracy:.1f} %",
+        *further,
+        "1.00×",
+        "",
+        "1.00×" if decode else "",
+        "100 %" if kv else "",
+    )
     table.add_row("", "baseline", "none", "", *reference)
     for row in result.front[result.front["on_front"]].to_dict("records"):
         table.add_row(
@@ -183,6 +243,7 @@ def show_result(result: SearchResult) -> None:
             f"{len(row['skip'])}: {' '.join(runs(row['skip']))}",
             f"{row['placement']} {row['pia_dim']}" if row["skip"] else "",
             f"{100 * row['accuracy']:.1f} %",
+            *([f"{row['breakdown']['perplexity']:.4g}"] if perplexity else []),
             f"{1 / row['latency']:.2f}×",
             f"{1 / row['latency_high']:.2f}–{1 / row['latency_low']:.2f}",
             f"{1 / row['decode_latency']:.2f}×" if decode and row["decode_latency"] else "",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, product
 from typing import Any
 
 from optuna.distributions import BaseDistribution, IntDistribution
 
 from eas_search.architectures import AttentionSite
+from eas_search.exceptions import ConfigError
 from eas_search.settings import SpaceSettings
 from eas_search.skip_config import SkipConfig
 
@@ -24,11 +27,41 @@ class SearchSpace:
         sites: searchable sites.
         choices: ranks and placements.
         student: what all configurations have in common.
+        fixed_k: how many sites every configuration skips; None: any number from 1.
     """
 
     sites: tuple[AttentionSite, ...]
     choices: SpaceSettings
     student: SkipConfig
+    fixed_k: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError when there are too few sites for `fixed_k`."""
+        if self.fixed_k is not None and self.fixed_k > len(self.sites):
+            raise ConfigError(
+                f"fixed_k is {self.fixed_k}; expected at most {len(self.sites)}, the number of searchable sites: skip "
+                "fewer, or search more towers"
+            )
+
+    @property
+    def sizes(self) -> range:
+        """How many sites a configuration may skip."""
+        return range(1, len(self.sites) + 1) if self.fixed_k is None else range(self.fixed_k, self.fixed_k + 1)
+
+    @property
+    def size(self) -> int:
+        """Number of configurations that skip something."""
+        choices = len(self.choices.pia_dims) * len(self.choices.placements)
+        return choices * sum(math.comb(len(self.sites), size) for size in self.sizes)
+
+    def every(self) -> Iterator[SkipConfig]:
+        """All of them, those that skip little first."""
+        dims, placements = range(len(self.choices.pia_dims)), range(len(self.choices.placements))
+        indexes = [site.index for site in self.sites]
+        for size in self.sizes:
+            for skip in combinations(indexes, size):
+                for dim, placement in product(dims, placements):
+                    yield self.config(skip, dim, placement)
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Optuna's description of the space."""

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
+from eas_search.bandit import VARIANTS, BanditConfig
 from eas_search.exceptions import ConfigError
 from eas_search.latency import LatencyConfig
-from eas_search.skip_config import Placement, SkipConfig, one_line
+from eas_search.models.options import LoadOptions, LoadSettings
+from eas_search.names import Ranking, Sampler
+from eas_search.plugins import settled
+from eas_search.skip_config import Placement, Pooling, SkipConfig, one_line
 from eas_search.training import FineTuneConfig
 
 # Settings that a run may change when it resumes a study.
 MAY_CHANGE = ("budget", "jobs", "time_limit", "prefer")
-SAMPLERS = ("eas", "tpe", "nsga2", "gp", "random")
+FINE_TUNES = ("baseline", "trial", "final")
 
 
 class _Group(BaseModel):
@@ -34,16 +39,39 @@ class SpaceSettings(_Group):
         placements: placements to choose from.
     """
 
-    towers: tuple[Literal["text", "vision"], ...] = ("text",)
+    towers: tuple[Literal["text", "vision", "audio", "fusion"], ...] = ("text",)
     pia_dims: tuple[int, ...] = (4, 8, 16)
     placements: tuple[Placement, ...] = ("parallel", "ffn")
 
     @field_validator("towers", "pia_dims", "placements")
     @classmethod
-    def _some(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not values or len(set(values)) != len(values):
+    def _some(cls, values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        if values is not None and (not values or len(set(values)) != len(values)):
             raise ValueError(f"{list(values)} must name at least one choice, each once")
         return values
+
+
+class SpaceWishes(SpaceSettings):
+    """What a search may say about its space; None leaves it to the model.
+
+    Attributes:
+        towers: None means `fusion` where two streams look at each other, else `text`, or the only other tower of a
+            model that has no text.
+        placements: None means `parallel` and `ffn`, or `residual` where a block cannot have these.
+    """
+
+    towers: tuple[Literal["text", "vision", "audio", "fusion"], ...] | None = None  # type: ignore[assignment]
+    placements: tuple[Placement, ...] | None = None  # type: ignore[assignment]
+
+
+class StudentWishes(SkipConfig):
+    """What a search may say about its students.
+
+    Attributes:
+        pooling: None means what the task needs, see `tasks.Task.pooling`.
+    """
+
+    pooling: Pooling | None = None  # type: ignore[assignment]
 
 
 class SampleSettings(_Group):
@@ -60,26 +88,39 @@ class SupernetSettings(_Group):
 
     Attributes:
         training: steps and rates of the joint training.
-        bandit_updates: updates of the redundancy scores, spread over the second half of the training.
-        bandit_batch: validation samples on which the candidates of an update are scored.
+        bandit: rules of the bandit: `lavin`, `meter`, `llava`, or a mapping, see `BanditConfig`.
+        bandit_updates: updates of the redundancy scores, spread evenly over the training behind the warm-up; None: one
+            every `bandit.every` steps, as published.
+        bandit_batch: validation samples on which the candidates of an update, and the one-shot metrics, are scored.
     """
 
     training: FineTuneConfig = FineTuneConfig(steps=80, learning_rate=2e-3)
-    bandit_updates: int = Field(default=40, ge=1)
+    bandit: BanditConfig = VARIANTS["lavin"]
+    bandit_updates: int | None = Field(default=40, ge=1)
     bandit_batch: int = Field(default=64, ge=1)
 
+    @field_validator("bandit", mode="before")
+    @classmethod
+    def _variant(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in VARIANTS:
+            raise ValueError(f"{value!r} is unknown; expected one of {', '.join(VARIANTS)}, or a mapping")
+        return VARIANTS[value] if isinstance(value, str) else value
 
-class SearchSettings(_Group):
-    """A search.
+
+class SearchSettings(LoadSettings):
+    """A search. How the model is loaded is part of it, see `LoadSettings`.
 
     Attributes:
         model: `demo`, a hub id, or a folder in the Hugging Face layout.
-        task: name of a registered task; data: its folder, if it needs one.
+        task: name of a registered task.
+        data: its file, folder or hub id, if it needs any.
+        task_options: what else the task wants to know, see `Options` of the task.
         budget: total number of completed trials.
         seed: decides samples, proposals and fine-tuning.
         jobs: worker processes.
         sampler: how skip configurations are proposed.
-        device, dtype: where and in which precision the frozen model runs.
+        ranking: the redundancy metric whose prefixes are the first trials and from which `eas` takes its prior.
+        fixed_k: how many sites every configuration skips, as in the paper's protocol; None: any number.
         time_limit: seconds after which no further trial starts.
         prefer: how `best.json` is chosen: `knee`, or `accuracy=F` for the fastest with at least F × the baseline's.
         student: what all students have in common (adapter_dim, router, pooling, …); its skip set stays empty.
@@ -92,17 +133,18 @@ class SearchSettings(_Group):
     model: str = "demo"
     task: str = "digits-vqa"
     data: Path | None = None
+    task_options: dict[str, Any] = Field(default_factory=dict)
     budget: int = Field(default=50, ge=1)
     seed: int = Field(default=0, ge=0)
     jobs: int = Field(default=1, ge=1)
-    sampler: Literal["eas", "tpe", "nsga2", "gp", "random"] = "eas"
-    device: str = "auto"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    sampler: Sampler = "eas"
+    ranking: Ranking = "bandit"
+    fixed_k: int | None = Field(default=None, ge=1)
     time_limit: float | None = Field(default=None, gt=0)
     prefer: str = "knee"
-    space: SpaceSettings = SpaceSettings()
+    space: SpaceWishes = SpaceWishes()
     samples: SampleSettings = SampleSettings()
-    student: SkipConfig = SkipConfig(adapter_dim=8)
+    student: StudentWishes = StudentWishes(adapter_dim=8)
     baseline: FineTuneConfig = FineTuneConfig(steps=120, learning_rate=1e-2)
     supernet: SupernetSettings = SupernetSettings()
     trial: FineTuneConfig = FineTuneConfig(steps=8, learning_rate=3e-3)
@@ -111,8 +153,10 @@ class SearchSettings(_Group):
     latency_batch: int = Field(default=8, ge=1)
     trial_latency: LatencyConfig = LatencyConfig.fast()
     final_latency: LatencyConfig = LatencyConfig()
+    _trust_remote_code: bool = PrivateAttr(default=False)
+    _plugins: tuple[str, ...] = PrivateAttr(default=())
 
-    def __init__(self, **values: object) -> None:
+    def __init__(self, **values: Any) -> None:
         """Validate; an unusable value raises `ConfigError` in one line."""
         try:
             super().__init__(**values)
@@ -124,6 +168,7 @@ class SearchSettings(_Group):
                 f"search settings: space.pia_dims holds {odd[0]}; expected multiples of student.groups = "
                 f"{self.student.groups}"
             )
+        _refuse_idle_bandit(self.supernet)
 
     @field_validator("prefer")
     @classmethod
@@ -139,9 +184,15 @@ class SearchSettings(_Group):
             raise ValueError("expected 'knee' or 'accuracy=F' with F between 0 and 1, e.g. accuracy=0.99")
         return value
 
+    @field_validator("space", "student", mode="before")
+    @classmethod
+    def _wishes(cls, value: Any) -> Any:
+        """A whole space or skip configuration is a wish, too."""
+        return value.model_dump(exclude_unset=True) if isinstance(value, SpaceSettings | SkipConfig) else value
+
     @field_validator("student")
     @classmethod
-    def _nothing_skipped_yet(cls, student: SkipConfig) -> SkipConfig:
+    def _nothing_skipped_yet(cls, student: StudentWishes) -> StudentWishes:
         if student.skip:
             raise ValueError("student.skip must stay empty: the search fills it")
         return student
@@ -171,6 +222,47 @@ class SearchSettings(_Group):
             )
         return cls(**{**{str(key): value for key, value in (content or {}).items()}, **overrides})
 
+    @property
+    def loading(self) -> LoadOptions:
+        """How the model is loaded."""
+        values = {name: getattr(self, name) for name in LoadSettings.model_fields}
+        return LoadOptions(**values, trust_remote_code=self._trust_remote_code)
+
+    def trusting_remote_code(self) -> SearchSettings:
+        """These settings with leave to run code that comes with the checkpoint.
+
+        Only a flag may ask for it: it is no field, so that no file can, and it is neither stored nor part of the
+        fingerprint.
+        """
+        trusting = self.model_copy()
+        trusting._trust_remote_code = True
+        return trusting
+
+    @property
+    def plugins(self) -> tuple[str, ...]:
+        """Files and modules that every process of the search imports first."""
+        return self._plugins
+
+    def with_plugins(self, plugins: Iterable[str]) -> SearchSettings:
+        """These settings with plugins for the worker processes; as with `trusting_remote_code`, only a flag may ask."""
+        extended = self.model_copy()
+        extended._plugins = tuple(map(settled, plugins))
+        return extended
+
+    def fine_tuned_for(self, steps: int) -> SearchSettings:
+        """These settings with `steps` steps in every fine-tune; 0 searches without training, from closed-form starts.
+
+        Raises:
+            ConfigError: a negative number.
+        """
+        if steps < 0:
+            raise ConfigError(f"--fine-tune-steps is {steps}; expected 0 (no training) or more")
+        update = {name: getattr(self, name).model_copy(update={"steps": steps}) for name in FINE_TUNES}
+        training = self.supernet.training.model_copy(update={"steps": steps})
+        supernet = self.supernet.model_copy(update={"training": training})
+        _refuse_idle_bandit(supernet)
+        return self.model_copy(update={**update, "supernet": supernet})
+
     def fingerprint(self) -> str:
         """Digest of what must not change between the runs of one study.
 
@@ -178,6 +270,17 @@ class SearchSettings(_Group):
         """
         fixed = self.model_dump(mode="json", exclude=set(MAY_CHANGE))
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _refuse_idle_bandit(supernet: SupernetSettings) -> None:
+    """Raises ConfigError when the bandit's own schedule leaves it without an update."""
+    steps = supernet.training.steps
+    if supernet.bandit_updates is None and supernet.bandit.updates_due(steps, steps) == 0:
+        raise ConfigError(
+            f"search settings: supernet.bandit_updates is null, but {steps} training steps leave the bandit no update "
+            f"(warm-up {supernet.bandit.warmup:g}, then every {supernet.bandit.every} steps); expected more steps, or "
+            "a number of updates"
+        )
 
 
 def _unknown_key(error: ValidationError) -> str | None:
@@ -189,6 +292,11 @@ def _unknown_key(error: ValidationError) -> str | None:
     owner: Any = SearchSettings
     for name in groups:
         owner = owner.model_fields[name].annotation
+    if key == "trust_remote_code":
+        return (
+            "search settings: trust_remote_code cannot be set in a file; expected the flag --trust-remote-code: read "
+            "the code that comes with the model, then add it to the command"
+        )
     known = list(owner.model_fields)
     close = get_close_matches(key, known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from eas_search.exceptions import StorageError
+from eas_search.joint_training import Report, one_shot_scores, train_jointly
 from eas_search.latency import measure_latency
 from eas_search.measures import accuracy_interval, kv_bytes_per_token, parameter_count
-from eas_search.redundancy.bandit import EasBandit, bandit_step
-from eas_search.settings import SearchSettings
-from eas_search.skip_config import SkipConfig
 from eas_search.skipping import adapter_parameters, apply_skips, load_adapters
 from eas_search.supernet import Supernet
-from eas_search.training import correct_answers, endless, fine_tune, seeded
+from eas_search.training import fine_tune, sample_scores, seeded
 from eas_search.warm_start import calibrate
 from eas_search.workbench import Workbench
-
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -35,7 +30,8 @@ class Baseline:
     """The unmodified model on the task, and its adapter-only fine-tune (light adapters at every site, nothing skipped).
 
     `accuracy` is that of adapters trained for as many steps as a finalist's: a finalist has been through the baseline's
-    fine-tune, the supernet's and its own. Accuracies are held-out (test), times of the timed batch in seconds.
+    fine-tune, the supernet's and its own. Accuracies are mean scores by the task's metric; they are held-out (test), as
+    are the breakdowns, which hold further figures by name. Times are those of the timed batch in seconds.
     """
 
     zero_shot_accuracy: float
@@ -48,6 +44,8 @@ class Baseline:
     kv_bytes: int
     parameters: int
     seconds: float
+    zero_shot_breakdown: dict[str, float] = field(default_factory=dict)
+    breakdown: dict[str, float] = field(default_factory=dict)
 
 
 class StageFolder:
@@ -84,11 +82,6 @@ class StageFolder:
             ) from error
 
 
-def unskipped(settings: SearchSettings) -> SkipConfig:
-    """The configuration of the adapter-only baseline."""
-    return settings.student.model_copy(update={"skip": ()})
-
-
 def baseline_stage(bench: Workbench, folder: StageFolder, report: Report) -> tuple[Baseline, nn.Module]:
     """Score and time the original model, then fine-tune light adapters alone.
 
@@ -96,14 +89,14 @@ def baseline_stage(bench: Workbench, folder: StageFolder, report: Report) -> tup
         The figures, and the adapter-only student after the baseline's own steps, from which the supernet starts.
     """
     with seeded(bench.settings.seed):
-        student = apply_skips(bench.model, unskipped(bench.settings))
+        student = apply_skips(bench.model, bench.space.student)
     kept = folder.read("baseline")
     if kept is not None:
         load_adapters(student, kept[1])
         return Baseline(**kept[0]), student
     begin, settings, train = time.perf_counter(), bench.settings, bench.splits["train"]
     first, rest = settings.baseline, settings.supernet.training.steps + settings.final.steps
-    zero_shot = correct_answers(bench.model, bench.splits["test"])
+    zero_shot = sample_scores(bench.model, bench.splits["test"])
 
     def advance(step: int, _: nn.Module) -> None:
         report("baseline", step + 1, first.steps + rest)
@@ -112,23 +105,26 @@ def baseline_stage(bench: Workbench, folder: StageFolder, report: Report) -> tup
     start = {name: parameter.detach().clone() for name, parameter in adapter_parameters(student).items()}
     equal = settings.final.model_copy(update={"steps": rest})
     fine_tune(student, train, equal, settings.seed + 1, lambda step, model: advance(first.steps + step, model))
-    test = correct_answers(student, bench.splits["test"])
-    validation = correct_answers(student, bench.splits["validation"])
+    test = sample_scores(student, bench.splits["test"])
+    validation = sample_scores(student, bench.splits["validation"])
     load_adapters(student, start)
     inputs = bench.latency_inputs()
     timing = measure_latency(bench.model, inputs, baseline=bench.model, config=bench.settings.final_latency)
     accuracy, low, high = accuracy_interval(test)
+    held_out = bench.splits["test"]
     baseline = Baseline(
-        zero_shot_accuracy=zero_shot.float().mean().item(),
+        zero_shot_accuracy=zero_shot.double().mean().item(),
         accuracy=accuracy,
         accuracy_low=low,
         accuracy_high=high,
-        validation_accuracy=validation.float().mean().item(),
+        validation_accuracy=validation.double().mean().item(),
         prefill_s=timing.prefill.baseline.median,
         decode_s=None if timing.decode is None else timing.decode.baseline.median,
         kv_bytes=kv_bytes_per_token(bench.model, inputs),
         parameters=parameter_count(bench.model),
         seconds=time.perf_counter() - begin,
+        zero_shot_breakdown=held_out.scoring.report(held_out, zero_shot),
+        breakdown=held_out.scoring.report(held_out, test),
     )
     folder.write("baseline", asdict(baseline), dict(adapter_parameters(student)))
     return baseline, student
@@ -136,12 +132,12 @@ def baseline_stage(bench: Workbench, folder: StageFolder, report: Report) -> tup
 
 def empty_supernet(bench: Workbench) -> Supernet:
     """The supernet before any training: largest rank, the adapters of every placement."""
-    settings = bench.settings
-    config = settings.student.model_copy(
-        update={"skip": (), "pia_dim": max(settings.space.pia_dims), "placement": "parallel"}
-    )
+    update = {"pia_dim": max(bench.space.choices.pia_dims), "placement": "parallel"}
+    config = bench.space.student.model_copy(update=update)
     with seeded(bench.settings.seed):
-        return Supernet(bench.model, bench.sites, config)
+        supernet = Supernet(bench.model, bench.sites, config)
+    supernet.placement = bench.space.choices.placements[0]
+    return supernet
 
 
 def supernet_stage(
@@ -156,7 +152,8 @@ def supernet_stage(
         report: called with (stage, done, total).
 
     Returns:
-        The supernet and the redundancy score of every searchable site.
+        The supernet and the redundancy score of every searchable site by the metric that the settings rank by. The
+        kept record holds those of all metrics.
     """
     supernet = empty_supernet(bench)
     kept = folder.read("supernet")
@@ -165,14 +162,16 @@ def supernet_stage(
         return supernet, kept[0]["redundancy"]
     assert adapted is not None, "a worker starts after the supernet is kept"
     begin = time.perf_counter()
-    if bench.settings.student.adapter_dim > 0:
-        supernet.take_light_adapters(adapted)
+    supernet.take_light_adapters(adapted)
     samples = bench.splits["train"].subset(bench.settings.samples.calibration)
     moments = calibrate(supernet.model, bench.sites, samples.batches(64), supernet.config.identity)
     explained = supernet.warm_start(moments)
-    redundancy = _train_jointly(bench, supernet, report)
+    scores = {"bandit": train_jointly(bench, supernet, report), **one_shot_scores(bench, supernet)}
+    redundancy = scores[bench.settings.ranking]
     content = {
         "redundancy": redundancy,
+        "ranking": bench.settings.ranking,
+        "metrics": scores,
         "sites": [site.name for site in bench.sites],
         "places": [(site.index, site.tower) for site in bench.sites],
         "explained": explained,
@@ -180,35 +179,3 @@ def supernet_stage(
     }
     folder.write("supernet", content, supernet.adapters())
     return supernet, redundancy
-
-
-def _train_jointly(bench: Workbench, supernet: Supernet, report: Report) -> list[float]:
-    """Random skip sets in the first half; in the second the bandit draws them and learns from validation losses."""
-    settings = bench.settings.supernet
-    steps, updates = settings.training.steps, settings.bandit_updates
-    bandit = EasBandit(len(bench.sites))
-    generator = torch.Generator().manual_seed(bench.settings.seed + 1)
-    batches = iter(endless(bench.splits["validation"], settings.bandit_batch, generator))
-    placements = bench.settings.space.placements
-    done = 0
-
-    def watch(step: int) -> None:
-        nonlocal done
-        due = min(updates, updates * max(0, 2 * (step + 1) - steps) // max(1, steps))
-        while done < due and len(bench.sites) >= 3:
-            size = int(torch.randint(1, len(bench.sites) - 1, (1,), generator=generator))
-            bandit_step(bandit, supernet, next(batches), max(size, 1), generator)
-            done += 1
-
-    def before_step(step: int, _: nn.Module) -> None:
-        report("supernet", step + 1, steps)
-        watch(step - 1)
-        size = int(torch.randint(1, len(bench.sites) + 1, (1,), generator=generator))
-        chosen = bandit.draw(size, generator, count=1)[0]
-        placement = placements[int(torch.randint(len(placements), (1,), generator=generator))]
-        supernet.set_skips((bench.sites[i].index for i in chosen), placement)
-
-    fine_tune(supernet.model, bench.splits["train"], settings.training, bench.settings.seed, before_step=before_step)
-    watch(max(0, steps - 1) if steps else 0)
-    supernet.set_skips(())
-    return bandit.scores.tolist()

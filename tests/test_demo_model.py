@@ -17,7 +17,8 @@ from eas_search.exceptions import TaskDataError
 from eas_search.models.demo import demo_path
 from eas_search.tasks import Example, get_task
 from eas_search.tasks.digits_vqa import PLAIN, PRETRAINING_FAMILIES, DigitsVqa, draw_examples
-from eas_search.tasks.encoding import EncodedSplit, exact_match
+from eas_search.tasks.encoding import EncodedSplit
+from eas_search.tasks.scores import exact_match
 
 STUDY = Path(__file__).parents[1] / "studies" / "pretrain_demo"
 EXAMPLES = 256
@@ -181,12 +182,27 @@ def test_encode_refuses_what_does_not_fit(processor: Any) -> None:
     example = task.examples("train", 1)[0]
     with pytest.raises(TaskDataError, match="0 examples"):
         task.encode(processor, [])
-    with pytest.raises(TaskDataError, match="with and without image"):
-        task.encode(processor, [example, Example(None, "why ?", "yes", "text")])
     with pytest.raises(TaskDataError, match="has no token"):
         task.encode(processor, [Example(example.image, example.prompt, "", "text")])
     with pytest.raises(TaskDataError, match="no image token"):
         task.encode(SimpleNamespace(tokenizer=processor.tokenizer), [example])
+
+
+def test_examples_without_an_image_may_stand_among_those_with_one(model: Any, processor: Any) -> None:
+    pictured = get_task("digits-vqa").examples("test", 3)
+    plain = Example(None, "is red greater than blue ?", "yes", "text")
+    split = get_task("digits-vqa").encode(processor, [pictured[0], plain, *pictured[1:]])
+    (batch,) = split.batches(4)
+    assert [len(batch[name]) for name in ("input_ids", "labels", "pixel_values")] == [4, 4, 3]
+    (alone,) = get_task("digits-vqa").encode(processor, pictured[1:]).batches(2)
+    assert torch.equal(batch["pixel_values"][1:], alone["pixel_values"])
+    with torch.no_grad():
+        together, separate = model(**batch).logits[2:], model(**alone).logits
+    torch.testing.assert_close(together[:, : separate.shape[1]], separate, rtol=1e-4, atol=1e-4)
+    last, first = list(split.batches(2))[::-1]
+    assert (len(first["pixel_values"]), len(last["pixel_values"])) == (1, 2)
+    assert "pixel_values" not in next(get_task("digits-vqa").encode(processor, [plain]).batches(1))
+    assert len(split.prompts(4)["input_ids"]) == len(split.prompts(4)["pixel_values"]) == 3
 
 
 def test_text_only_examples_work_with_a_bare_tokenizer(processor: Any) -> None:

@@ -156,7 +156,7 @@ def test_register_task(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = type("Mine", (built_in,), {"name": "mine"})
     assert tasks.register_task(mine) is mine
     assert isinstance(tasks.get_task("mine"), mine)
-    assert tasks.task_names() == ["digits-vqa", "mine"]
+    assert {"digits-vqa", "mine", "vqa"} <= set(tasks.task_names())
     with pytest.raises(ConfigError, match="'mine' is taken"):
         tasks.register_task(type("Other", (built_in,), {"name": "mine"}))
     with pytest.raises(ConfigError, match="'digits-vqa' is taken"):

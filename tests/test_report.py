@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from plotly.offline import get_plotlyjs
 
 from eas_search.exceptions import StorageError
 from eas_search.report import figures, labels
@@ -389,3 +391,36 @@ def test_site_labels_are_unique_within_a_tower() -> None:
     assert labels.skip_text((), sites) == "none"
     plain = [{"index": i, "name": f"layers.{i}.attn", "tower": "text"} for i in range(9)]
     assert labels.skip_text((0, 2, 3, 5, 6, 7), plain) == "0, 2, 3, 5–7"
+    assert labels.skip_text((3, 5, 6, 7), plain[3:]) == "3, 5–7"  # the first sites of the model were not searched
+
+
+def test_sites_that_were_not_searched_have_no_place_on_the_page(study: PageData) -> None:
+    moved = [{**site, "index": site["index"] + 4} for site in study.sites]
+    front = study.front.assign(skip=[tuple(i + 4 for i in skip) for skip in study.front["skip"]])
+    assert np.array_equal(skip_map(front, moved).data[1].z, skip_map(study.front, study.sites).data[1].z)
+    trials = study.trials.assign(skip=[tuple(i + 4 for i in skip) for skip in study.trials["skip"]])
+    page = render_page(dataclasses.replace(study, trials=trials, front=front, sites=moved))
+    assert "layers.0.self_attn" in page
+
+
+def test_the_page_speaks_of_the_tasks_own_score(study: PageData) -> None:
+    name = "token <likelihood>"
+    data = dataclasses.replace(study, summary={**study.summary, "metric": name, "conditions": {}}, interval_notes=())
+    page = render_page(data)
+    text = page.replace(get_plotlyjs(), "")
+    assert "Token &lt;likelihood&gt; against speed" in text
+    assert "of the baseline&#39;s token &lt;likelihood&gt;" in text
+    assert name not in text  # neither as markup nor in a label of plotly, which reads some
+    payload = json.loads(re.search(r'id="page-data">(.*?)</script>', text, re.S)[1])  # type: ignore[index]
+    plot = payload["figures"]["trade-off"]["light"]
+    assert plot["layout"]["yaxis"]["title"]["text"].startswith("Token &lt;likelihood&gt;")
+    assert any("held-out token &lt;likelihood&gt;" in str(trace.get("hovertext")) for trace in plot["data"])
+    shown = {name for point in payload["points"].values() for name, _ in point["facts"]}
+    assert {
+        "Token <likelihood>, held-out",
+        "Token <likelihood>, validation",
+    } < shown  # set as text by the page's script
+    plain = render_page(study).replace(get_plotlyjs(), "")
+    spoken, usual = (re.sub(r"<(script|style).*?</\1>", "", page, flags=re.S) for page in (text, plain))
+    assert "ccuracy" not in spoken
+    assert "Accuracy after skipping" in usual

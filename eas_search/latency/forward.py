@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from eas_search.exceptions import ConfigError
+from eas_search.models.calling import step_positions
 
 Timer = Callable[[], float]
 
@@ -83,7 +84,7 @@ class TimedModel:
                 step = {"input_ids": token, "past_key_values": cache, **self.options}
                 if mask is not None:
                     mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
-                    step["attention_mask"] = mask
+                    step |= {"attention_mask": mask, **step_positions(self.model, mask)}
                 output = self.model(**step)
             elapsed += self._now() - start
         return elapsed / (repeats * self.decode_tokens)

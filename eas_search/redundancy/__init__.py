@@ -6,25 +6,42 @@ One metric per file; each takes a switchable model and batches, and returns one 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
 from eas_search.architectures import AttentionSite, attention_sites
+from eas_search.bandit import VARIANTS, BanditConfig, EasBandit
 from eas_search.exceptions import ConfigError
-from eas_search.redundancy.bandit import BanditConfig, EasBandit, bandit_scores
+from eas_search.redundancy.bandit import bandit_scores
+from eas_search.redundancy.block_influence import block_influence_scores
+from eas_search.redundancy.chance import random_scores
+from eas_search.redundancy.kl import kl_scores
+from eas_search.redundancy.last_k import last_k_scores
 from eas_search.redundancy.leave_one_out import leave_one_out_scores
 from eas_search.redundancy.similarity import similarity_scores
+from eas_search.redundancy.taylor import taylor_scores
 from eas_search.skip_config import SkipConfig
 from eas_search.supernet import Supernet
 
 Batches = Sequence[dict[str, Tensor]]
-METHODS: dict[str, Callable[[Supernet, Batches], list[float]]] = {
-    "bandit": bandit_scores,
+Metric = Callable[[Supernet, Batches], list[float]]
+ONE_SHOT_METHODS: dict[str, Metric] = {
     "leave_one_out": leave_one_out_scores,
+    "kl": kl_scores,
     "similarity": similarity_scores,
+    "block_influence": block_influence_scores,
+    "taylor": taylor_scores,
+    "last_k": last_k_scores,
+    "random": random_scores,
+}
+METHODS: dict[str, Metric] = {
+    "bandit": bandit_scores,
+    **{f"bandit_{name}": partial(bandit_scores, config=config) for name, config in VARIANTS.items()},
+    **ONE_SHOT_METHODS,
 }
 
-__all__ = ["METHODS", "BanditConfig", "EasBandit", "Supernet", "redundancy_scores"]
+__all__ = ["METHODS", "ONE_SHOT_METHODS", "BanditConfig", "EasBandit", "Supernet", "redundancy_scores"]
 
 
 def redundancy_scores(
@@ -38,7 +55,10 @@ def redundancy_scores(
     Args:
         model: an original model (not a student); untouched.
         batches: batches with labels, as in training.
-        method: `bandit` (EAS), `leave_one_out` (loss) or `similarity` (cosine of the sublayer's input and output).
+        method: one of `METHODS`: `bandit` (EAS; `bandit_lavin`, `bandit_meter` and `bandit_llava` with the rules of
+            these systems), `leave_one_out` (loss), `kl` (to the intact model's predictions), `similarity` (cosine of
+            the sublayer's input and output), `block_influence` (of the block's), `taylor` (first order in the
+            attention's output), `last_k` (depth) or `random`.
         sites: which sites; None: the text tower's, or all when there is no text tower.
 
     Returns:

@@ -1,14 +1,14 @@
-"""Cosine similarity of a sublayer's input and output (He et al., "What Matters in Transformers?", 2024)."""
+"""Cosine similarity of a sublayer's input and output (He et al., "What Matters in Transformers?", arXiv 2406.15786)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from eas_search.redundancy.watch import Seen, watching
 from eas_search.supernet import Supernet
 from eas_search.training import mean_loss
 
@@ -18,33 +18,24 @@ def similarity_scores(supernet: Supernet, batches: Sequence[dict[str, Tensor]]) 
 
     Padding does not count.
     """
-    sums = [0.0] * len(supernet.sites)
-    counts = [0] * len(supernet.sites)
-    handles = []
-    for position, site in enumerate(supernet.sites):
-        inputs: list[Tensor] = []
+    return mean_over_tokens(supernet, batches, lambda seen: cosine(seen.x, seen.x + seen.added))
 
-        def start(_: nn.Module, args: tuple[Any, ...], inputs: list[Tensor] = inputs) -> None:
-            inputs[:] = [args[0]]
 
-        def second_norm(
-            _: nn.Module, args: tuple[Any, ...], inputs: list[Tensor] = inputs, position: int = position
-        ) -> None:
-            cosine = F.cosine_similarity(inputs[0].float(), args[0].float(), dim=-1)
-            real = supernet.block(supernet.sites[position]).eas_context.mask
-            cosine = cosine if real is None else cosine[real]
-            sums[position] += float(cosine.sum())
-            counts[position] += cosine.numel()
+def cosine(before: Tensor, after: Tensor) -> Tensor:
+    """Of each token's vectors: [B, n, d] twice → [B, n]."""
+    return F.cosine_similarity(before.float(), after.float(), dim=-1)
 
-        block = supernet.block(site)
-        handles.append(block.register_forward_pre_hook(start))
-        handles.append(getattr(block, site.pattern.norm2).register_forward_pre_hook(second_norm))
-    supernet.set_skips(())
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                mean_loss(supernet.model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+
+def mean_over_tokens(
+    supernet: Supernet, batches: Sequence[dict[str, Tensor]], value: Callable[[Seen], Tensor]
+) -> list[float]:
+    """Mean of a per-token value [B, n] of every site over all real tokens of the batches."""
+    sums, counts = [0.0] * len(supernet.sites), [0] * len(supernet.sites)
+    with watching(supernet) as watchers, torch.no_grad():
+        for batch in batches:
+            mean_loss(supernet.model, batch)
+            for position, watcher in enumerate(watchers):
+                total, count = watcher.seen.mean(value(watcher.seen))
+                sums[position] += total
+                counts[position] += count
     return [total / max(1, count) for total, count in zip(sums, counts, strict=True)]

@@ -7,6 +7,7 @@ because plotly reads a small subset of HTML in its labels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,16 @@ Sites = Sequence[Mapping[str, Any]]
 
 
 def trade_off(
-    trials: pd.DataFrame, front: pd.DataFrame, baseline: Mapping[str, Any], sites: Sites, theme: Theme = LIGHT
+    trials: pd.DataFrame,
+    front: pd.DataFrame,
+    baseline: Mapping[str, Any],
+    sites: Sites,
+    theme: Theme = LIGHT,
+    score: str = "accuracy",
 ) -> go.Figure:
-    """Accuracy against prefill speed-up: trials, finalists with their intervals, the baseline, the choice.
+    """Score against prefill speed-up: trials, finalists with their intervals, the baseline, the choice.
 
-    Trials show validation accuracy; finalists and the baseline show held-out accuracy.  The number of the
+    Trials show their score on validation data; finalists and the baseline show it on held-out data.  The number of the
     trial is the `customdata` of every point; the trace with `meta` "selected" is a ring that a page may move.
     """
     figure = go.Figure(layout=layout(theme, height=570))
@@ -37,7 +43,7 @@ def trade_off(
     figure.add_vline(x=1.0, line=line, layer="below")
     done = _measured(trials)
     if not done.empty:
-        figure.add_trace(_trial_points(done, sites, theme))
+        figure.add_trace(_trial_points(done, sites, theme, score))
     if not front.empty:
         steps = front[front["on_front"].astype(bool)].sort_values("latency", ascending=False)
         figure.add_scatter(
@@ -49,15 +55,15 @@ def trade_off(
             hoverinfo="skip",
         )
         chosen = front["chosen"].astype(bool)
-        figure.add_trace(_finalists(front[~chosen], sites, theme, chosen=False))
-        figure.add_trace(_finalists(front[chosen], sites, theme, chosen=True))
+        figure.add_trace(_finalists(front[~chosen], sites, theme, score, chosen=False))
+        figure.add_trace(_finalists(front[chosen], sites, theme, score, chosen=True))
     figure.add_scatter(
         x=[1.0],
         y=[accuracy],
         mode="markers",
         name="Baseline",
         hoverinfo="text",
-        hovertext=f"<b>Baseline</b>: nothing skipped<br>accuracy {labels.percent(accuracy)} "
+        hovertext=f"<b>Baseline</b>: nothing skipped<br>{escape(score)} {labels.percent(accuracy)} "
         f"({labels.percent_interval(low, high)})",
         marker={"symbol": "diamond", "size": 11, "color": theme.text},
     )
@@ -71,7 +77,7 @@ def trade_off(
         marker={"symbol": "circle-open", "size": 27, "color": theme.text, "line": {"width": 2}},
     )
     figure.update_xaxes(title="Prefill speed-up over the baseline  (right is faster →)", ticksuffix="×")
-    figure.update_yaxes(title="Accuracy  (up is better →)", tickformat=".0%")
+    figure.update_yaxes(title=f"{escape(labels.upper_first(score))}  (up is better →)", tickformat=".0%")
     return figure
 
 
@@ -97,8 +103,8 @@ def progress(trials: pd.DataFrame, theme: Theme = LIGHT) -> go.Figure:
     return figure
 
 
-def best_by_count(trials: pd.DataFrame, sites: Sites, theme: Theme = LIGHT) -> go.Figure:
-    """Validation accuracy against the number of skipped sites: every trial, and the best for each number."""
+def best_by_count(trials: pd.DataFrame, sites: Sites, theme: Theme = LIGHT, score: str = "accuracy") -> go.Figure:
+    """Validation score against the number of skipped sites: every trial, and the best for each number."""
     done = _measured(trials)
     counts = done["skip"].map(len)
     best = done.groupby(counts)["accuracy"].max()
@@ -111,7 +117,7 @@ def best_by_count(trials: pd.DataFrame, sites: Sites, theme: Theme = LIGHT) -> g
         customdata=done["number"].tolist(),
         hoverinfo="text",
         marker={"size": 7, "opacity": 0.6, "color": theme.scale[1]},
-        hovertext=[labels.hover(row, sites, "validation") for row in done.to_dict("records")],
+        hovertext=[labels.hover(row, sites, f"validation {score}") for row in done.to_dict("records")],
     )
     figure.add_scatter(
         x=best.index,
@@ -122,12 +128,13 @@ def best_by_count(trials: pd.DataFrame, sites: Sites, theme: Theme = LIGHT) -> g
         line={"color": theme.accent, "width": 2},
     )
     figure.update_layout(showlegend=False)
-    figure.update_xaxes(title=f"Attentions skipped, of {len(sites)}", tickformat="d")
-    figure.update_yaxes(title="Validation accuracy", tickformat=".0%")
+    every = {"dtick": 1} if len(sites) <= 12 else {}  # else plotly may put two ticks on one whole number
+    figure.update_xaxes(title=f"Attentions skipped, of {len(sites)}", tickformat="d", **every)
+    figure.update_yaxes(title=f"Validation {escape(score)}", tickformat=".0%")
     return figure
 
 
-def _trial_points(done: pd.DataFrame, sites: Sites, theme: Theme) -> go.Scatter:
+def _trial_points(done: pd.DataFrame, sites: Sites, theme: Theme, score: str) -> go.Scatter:
     marker: dict[str, Any] = {"size": 7, "opacity": 0.7, "color": theme.scale[1]}
     if np.isfinite(done["redundancy"].to_numpy(float)).any():
         marker |= {
@@ -144,11 +151,11 @@ def _trial_points(done: pd.DataFrame, sites: Sites, theme: Theme) -> go.Scatter:
         customdata=done["number"].tolist(),
         hoverinfo="text",
         meta="trials",
-        hovertext=[labels.hover(row, sites, "validation") for row in done.to_dict("records")],
+        hovertext=[labels.hover(row, sites, f"validation {score}") for row in done.to_dict("records")],
     )
 
 
-def _finalists(rows: pd.DataFrame, sites: Sites, theme: Theme, chosen: bool) -> go.Scatter:
+def _finalists(rows: pd.DataFrame, sites: Sites, theme: Theme, score: str, chosen: bool) -> go.Scatter:
     colour = theme.chosen if chosen else theme.accent
     bars = {"type": "data", "color": fade(colour, 0.55), "thickness": 1.2, "width": 3}
     shape, on_front = "star" if chosen else "circle", rows["on_front"].astype(bool)
@@ -170,7 +177,7 @@ def _finalists(rows: pd.DataFrame, sites: Sites, theme: Theme, chosen: bool) -> 
         },
         error_x=bars | {"array": fastest - speed, "arrayminus": speed - slowest},
         error_y=bars | {"array": rows["accuracy_high"] - accuracy, "arrayminus": accuracy - rows["accuracy_low"]},
-        hovertext=[labels.hover(row, sites, "held-out") for row in rows.to_dict("records")],
+        hovertext=[labels.hover(row, sites, f"held-out {score}") for row in rows.to_dict("records")],
     )
 
 

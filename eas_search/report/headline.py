@@ -31,14 +31,15 @@ def headline(front: pd.DataFrame, baseline: Mapping[str, Any], site_count: int, 
         front: the finalists, columns as in `PageData.front`; may be empty.
         baseline: `accuracy`, a fraction, on the data that the finalists were scored on.
         site_count: number of attention sites of the model.
-        summary: `completed` and `budget`, in trials; used only when there are no finalists.
+        summary: `metric`; `completed` and `budget`, in trials, are used only when there are no finalists.
     """
     point = chosen_point(front)
     if point is None:
         done, budget = summary["completed"], summary["budget"]
         return f"No finalist was measured yet: {done} of {budget} trials are done."
+    score = labels.score_name(summary)
     skipped = f"{len(point['skip'])} of" if len(point["skip"]) else "none of the"
-    cost = f"Skipping {skipped} {site_count} attentions {_cost(point['accuracy'], baseline['accuracy'])}"
+    cost = f"Skipping {skipped} {site_count} attentions {_cost(point['accuracy'], baseline['accuracy'], score)}"
     if point["latency_high"] < 1:
         return f"{cost} and makes prefill {labels.speedup(point['latency'])} faster."
     faster = front[front["on_front"].astype(bool) & (front["latency_high"] < 1)]
@@ -48,9 +49,9 @@ def headline(front: pd.DataFrame, baseline: Mapping[str, Any], site_count: int, 
     return f"{cost}, without a significant speed-up; other points of the front reach {best}."
 
 
-def _cost(after: float, before: float) -> str:
+def _cost(after: float, before: float, score: str) -> str:
     """Predicate of the sentence.  Shares are rounded down: 99.96 % must not read as all of it."""
     if after >= before:
-        return f"costs no accuracy ({labels.percent(after)} against {labels.percent(before)})"
+        return f"costs no {score} ({labels.percent(after)} against {labels.percent(before)})"
     share = math.floor(1000 * after / before + 1e-9) / 1000
-    return f"keeps {labels.percent(share).replace('.0', '')} of the baseline's accuracy"
+    return f"keeps {labels.percent(share).replace('.0', '')} of the baseline's {score}"

@@ -107,12 +107,16 @@ def site_labels(sites: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def skip_text(skip: Sequence[int], sites: Sequence[Mapping[str, Any]]) -> str:
-    """Skipped layers by tower, "text 3, 7–11 · vision 2"; the tower is left out where there is only one."""
+    """Skipped layers by tower, "text 3, 7–11 · vision 2"; the tower is left out where there is only one.
+
+    `skip` holds indexes of sites as `sites` gives them; those that were not searched are not among `sites`.
+    """
     if len(skip) == 0:
         return "none"
     groups: dict[str, list[int]] = {}
-    for index in sorted(skip):
-        groups.setdefault(str(sites[index]["tower"]), []).append(index)
+    for place, site in enumerate(sites):
+        if site["index"] in skip:
+            groups.setdefault(str(site["tower"]), []).append(place)
     short = site_labels(sites)
     texts = {tower: ", ".join(runs(members, short)) for tower, members in groups.items()}
     if len({site["tower"] for site in sites}) == 1:
@@ -120,8 +124,18 @@ def skip_text(skip: Sequence[int], sites: Sequence[Mapping[str, Any]]) -> str:
     return " · ".join(f"{tower} {text}" for tower, text in texts.items())
 
 
-def hover(row: Mapping[Any, Any], sites: Sequence[Mapping[str, Any]], split: str) -> str:
-    """Lines that a plot shows for one trial, joined by <br>; `split` says which data its accuracy is from."""
+def score_name(summary: Mapping[str, Any]) -> str:
+    """What the task calls the score that the search maximises; accuracy where it says nothing."""
+    return str(summary.get("metric") or "accuracy")
+
+
+def upper_first(text: str) -> str:
+    """The text as a sentence or heading begins with it."""
+    return text[:1].upper() + text[1:]
+
+
+def hover(row: Mapping[Any, Any], sites: Sequence[Mapping[str, Any]], score: str) -> str:
+    """Lines that a plot shows for one trial, joined by <br>; `score` is like "held-out accuracy"."""
     accuracy = percent(row["accuracy"])
     if "accuracy_low" in row:
         accuracy += f" ({percent_interval(row['accuracy_low'], row['accuracy_high'])})"
@@ -130,7 +144,7 @@ def hover(row: Mapping[Any, Any], sites: Sequence[Mapping[str, Any]], split: str
         f"<b>Trial {row['number']}</b>" + (f" · {escape(str(row['origin']))}" if "origin" in row else ""),
         f"skips {len(row['skip'])}: {escape(skip_text(row['skip'], sites))}",
         f"adapter dimension {escape(str(row['pia_dim']))}, {escape(str(row['placement']))}",
-        f"{split} accuracy {accuracy}",
+        f"{escape(score)} {accuracy}",
         f"prefill {speedup(row['latency'])} ({interval})",
         f"KV cache {size(row['kv_bytes'])} per token",
     ]

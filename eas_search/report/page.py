@@ -41,8 +41,8 @@ class PageData:
         baseline: zero_shot_accuracy, accuracy, accuracy_low, accuracy_high, prefill_ms, decode_ms, kv_bytes,
             parameters, latency.
         sites: every attention site, in order: index, name, tower, redundancy.
-        summary: study_name, model, task, seed, budget, completed, hypervolume, wall_clock (seconds by
-            stage), versions, hardware, conditions.
+        summary: study_name, model, task, metric (accuracy if there is none), seed, budget, completed, hypervolume,
+            wall_clock (seconds by stage), versions, hardware, conditions.
         run_dir: output folder of the search, for the command that exports a point.
         interval_notes: sentences on how the intervals were computed.
     """
@@ -78,6 +78,7 @@ def render_page(data: PageData) -> str:
         data=data,
         headline=headline(data.front, data.baseline, len(data.sites), data.summary),
         chosen=chosen,
+        score=labels.score_name(data.summary),
         selected=points[str(chosen["number"])] if chosen else None,
         rows=rows,
         plots=light,
@@ -121,12 +122,13 @@ def pretty(config: Mapping[str, Any]) -> str:
 
 def _plots(data: PageData, theme: Theme) -> dict[str, go.Figure]:
     """Figures by the id of their place in the page; those without data are left out."""
-    plots = {"trade-off": figures.trade_off(data.trials, data.front, data.baseline, data.sites, theme)}
+    score = labels.score_name(data.summary)
+    plots = {"trade-off": figures.trade_off(data.trials, data.front, data.baseline, data.sites, theme, score)}
     if not data.front.empty:
         plots["skip-map"] = skip_map(data.front, data.sites, theme)
     if not data.trials.empty:
         plots["progress"] = figures.progress(data.trials, theme)
-        plots["by-count"] = figures.best_by_count(data.trials, data.sites, theme)
+        plots["by-count"] = figures.best_by_count(data.trials, data.sites, theme, score)
     return plots
 
 
@@ -141,6 +143,7 @@ def _payload(row: Mapping[Any, Any], data: PageData, held_out: bool) -> dict[str
     # A trial without a stored configuration still has the three fields that the search varies.
     stored = isinstance(row.get("config"), Mapping)
     config = row["config"] if stored else {key: row[key] for key in ("skip", "pia_dim", "placement")}
+    score = labels.upper_first(labels.score_name(data.summary))
     accuracy, prefill = labels.percent(row["accuracy"]), labels.speedup(row["latency"])
     if held_out:
         accuracy += f" ({labels.percent_interval(row['accuracy_low'], row['accuracy_high'])})"
@@ -152,7 +155,7 @@ def _payload(row: Mapping[Any, Any], data: PageData, held_out: bool) -> dict[str
         "kind": "chosen" if row.get("chosen") else "finalist" if held_out else "trial",
         "facts": [
             ["Skipped", skipped],
-            ["Accuracy, held-out" if held_out else "Accuracy, validation", accuracy],
+            [f"{score}, {'held-out' if held_out else 'validation'}", accuracy],
             ["Prefill speed-up", prefill if prefill == labels.MISSING else f"{prefill} ({interval})"],
             ["KV cache per token", labels.size(row["kv_bytes"])],
         ],

@@ -20,7 +20,7 @@ def skip_map(front: pd.DataFrame, sites: Sequence[Mapping[str, Any]], theme: The
     rows = front[front["on_front"].astype(bool)].sort_values("latency")
     names, short = [escape(str(site["name"])) for site in sites], labels.site_labels(sites)
     redundancy = [site["redundancy"] if labels.known(site["redundancy"]) else None for site in sites]
-    skips = [[int(index in set(skip)) for index in range(len(sites))] for skip in rows["skip"]]
+    skips = [[int(site["index"] in skip) for site in sites] for skip in rows["skip"]]
     numbers, speed = rows["number"].tolist(), [labels.speedup(value) for value in rows["latency"]]
     strip, cells = 80, 28 * max(len(rows), 1)  # pixels: the height follows the number of rows
     figure = make_subplots(
@@ -61,7 +61,8 @@ def skip_map(front: pd.DataFrame, sites: Sequence[Mapping[str, Any]], theme: The
         showlegend=False,
         margin={"t": 36, "l": 110},
     )
-    towers = [(tower, [s["index"] for s in group]) for tower, group in groupby(sites, lambda s: s["tower"])]
+    places = groupby(range(len(sites)), lambda i: sites[i]["tower"])
+    towers = [(tower, list(members)) for tower, members in places]
     for tower, members in towers if len(towers) > 1 else []:
         figure.add_annotation(
             text=escape(str(tower)),

@@ -10,21 +10,32 @@ from optuna.study import Study
 from optuna.trial import TrialState
 
 from eas_search.exceptions import ConfigError, StorageError
-from eas_search.export import about, load_pretrained
+from eas_search.export import (
+    Verdict,
+    about,
+    check_possible,
+    check_writable,
+    get_format,
+    load_export,
+    plan_formats,
+    read_content,
+)
 from eas_search.finalists import measure_finalists, prepare_finalist
 from eas_search.latency import LatencyConfig, measure_latency
 from eas_search.measures import accuracy_interval
-from eas_search.models.loading import load_model
+from eas_search.models.loading import empty_model
+from eas_search.models.options import LoadOptions
 from eas_search.report.page import PageData, write_page
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
+from eas_search.skipping import apply_skips
 from eas_search.stages import StageFolder, baseline_stage, supernet_stage
 from eas_search.study import outputs
 from eas_search.study.frames import front_frame, trials_frame
 from eas_search.study.storage import only_writer, open_storage
 from eas_search.tasks import get_task
-from eas_search.training import correct_answers, on_device
-from eas_search.workbench import Workbench
+from eas_search.training import on_device, sample_scores
+from eas_search.workbench import Workbench, load_for_task
 
 
 def open_study(run: Path, storage: str | None = None) -> tuple[Study, SearchSettings]:
@@ -70,8 +81,8 @@ def rewrite_report(run: Path, storage: str | None = None) -> Path:
     return run / "pareto.html"
 
 
-def export_trial(run: Path, number: int | None, output: Path | None, storage: str | None = None) -> Path:
-    """Re-train (or take the kept finalist of) a trial, time it, export and verify it.
+def trial_config(run: Path, number: int | None, storage: str | None) -> tuple[SearchSettings, int, SkipConfig]:
+    """(settings of the search, number, skip configuration) of a trial; None is the chosen one.
 
     Raises:
         ConfigError: there is no such completed trial.
@@ -85,17 +96,46 @@ def export_trial(run: Path, number: int | None, output: Path | None, storage: st
         raise ConfigError(
             f"trial {number} is not a completed trial of {str(run)!r}; expected one of {known}: see trials.csv"
         )
-    folder = output or run / f"export-{number}"
+    return settings, number, SkipConfig(**done[number].user_attrs["config"])
+
+
+def plan_export(run: Path, number: int | None, storage: str | None = None) -> tuple[int, dict[str, Verdict]]:
+    """(number, verdict per format) of a trial, from its configuration and the model's alone: no weights are loaded.
+
+    Raises:
+        ConfigError: there is no such completed trial.
+    """
+    settings, number, config = trial_config(run, number, storage)
+    task = get_task(settings.task, settings.data, settings.task_options)
+    return number, plan_formats(apply_skips(empty_model(settings.model, head=task.head), config))
+
+
+def export_trial(
+    run: Path, number: int | None, output: Path | None, storage: str | None = None, kind: str = "eas"
+) -> Path:
+    """Re-train (or take the kept finalist of) a trial, time it, export it in a format and verify it.
+
+    What can be refused is refused before anything is trained.
+
+    Raises:
+        ConfigError: there is no such completed trial, or no such format.
+        UnsupportedModelError: the format cannot hold this configuration.
+        StorageError: the output folder cannot be written.
+    """
+    chosen = get_format(kind)
+    settings, number, config = trial_config(run, number, storage)
+    folder = output or run / (f"export-{number}" if kind == "eas" else f"export-{number}-{kind}")
+    check_writable(folder)
     with only_writer(run):
         bench = Workbench.open(settings, None)
+        check_possible(chosen, apply_skips(bench.model, config))
         stages = StageFolder(run / "stages")
         baseline, adapted = baseline_stage(bench, stages, lambda *_: None)
         supernet, _ = supernet_stage(bench, stages, adapted, lambda *_: None)
-        config = SkipConfig(**done[number].user_attrs["config"])
         finalist = prepare_finalist(bench, supernet, stages, number, config)
         figures = measure_finalists(bench, [finalist], stages)
         row = {str(key): value for key, value in front_frame([finalist], figures, bench.sites).iloc[0].items()}
-        outputs.write_export(bench, finalist, row, baseline, folder)
+        outputs.write_export(bench, finalist, row, baseline, folder, kind)
     return folder
 
 
@@ -106,12 +146,20 @@ def evaluate_export(folder: Path, data: Path | None, limit: int | None) -> dict[
         raise StorageError(
             f"export {str(folder)!r} names no task and base model; expected one from `eas-search export`"
         )
-    model = load_pretrained(folder)
-    base, processor = load_model(facts["base_model"], "cpu", str(next(model.parameters()).dtype).removeprefix("torch."))
-    task, claims = get_task(facts["task"], data), facts["claims"]
-    held_out = int(facts["conditions"]["held-out samples"]) if limit is None else limit
+    content = read_content(folder)
+    if not get_format(content["kind"]).generates:
+        raise ConfigError(
+            f"export {str(folder)!r} has format {content['kind']!r}, a graph of the prefill; expected one that is a "
+            "model: evaluate the format eas"
+        )
+    dtype = content["dtype"]
+    task, claims = get_task(facts["task"], data, facts.get("task_options")), facts["claims"]
+    base, processor = load_for_task(task, facts["base_model"], LoadOptions(device="cpu", dtype=dtype))
+    model = load_export(folder, base)
+    held_out = facts["held_out_limit"] if limit is None else limit
     split = task.encode(processor, task.examples("test", held_out))
-    accuracy, low, high = accuracy_interval(correct_answers(model, split))
+    scores = sample_scores(model, split)
+    accuracy, low, high = accuracy_interval(scores)
     validation = task.encode(processor, task.examples("validation", facts["latency_batch"]))
     inputs = on_device(validation.prompts(facts["latency_batch"]), model)
     report = measure_latency(model, inputs, baseline=base, config=LatencyConfig())
@@ -120,11 +168,14 @@ def evaluate_export(folder: Path, data: Path | None, limit: int | None) -> dict[
         return f"{value:.4f} ({bottom:.4f} – {top:.4f})"
 
     figures = {
-        "held-out accuracy": (
+        f"held-out {split.scoring.metric}": (
             interval(accuracy, low, high),
             interval(*(claims[f"accuracy{end}"] for end in ("", "_low", "_high"))),
         )
     }
+    for name, value in split.scoring.report(split, scores).items():
+        claimed = claims.get("breakdown", {}).get(name)
+        figures[f"  {name}"] = (f"{value:.4f}", "" if claimed is None else f"{claimed:.4f}")
     for name, phase, key in (("prefill", report.prefill, "latency"), ("decode", report.decode, "decode_latency")):
         if phase is not None:
             ratio: Any = phase.ratio

@@ -7,11 +7,12 @@ from typing import Any
 
 import jinja2
 
+from eas_search.export import Format
 from eas_search.skip_config import SkipConfig
 
 _TEMPLATE = """\
 ---
-library_name: eas_search
+library_name: {{ kind.library }}
 tags: [eas, attention-skipping, efficient-inference]
 ---
 
@@ -23,8 +24,11 @@ in and is folded into the feed-forward weights.
 
 | | this model | original, adapters only |
 |---|---|---|
-| held-out accuracy | {{ pct(c.accuracy) }} ({{ pct(c.accuracy_low) }} – {{ pct(c.accuracy_high) }}) | \
+| held-out {{ facts.metric }} | {{ pct(c.accuracy) }} ({{ pct(c.accuracy_low) }} – {{ pct(c.accuracy_high) }}) | \
 {{ pct(b.accuracy) }} ({{ pct(b.accuracy_low) }} – {{ pct(b.accuracy_high) }}) |
+{% for name, value in c.breakdown.items() -%}
+| {{ code(name) }} | {{ num(value) }} | {{ num(b.breakdown[name]) if name in b.breakdown else "–" }} |
+{% endfor -%}
 | prefill time, relative | {{ num(c.latency) }} ({{ num(c.latency_low) }} – {{ num(c.latency_high) }}), \
 {{ num(1 / c.latency) }}× faster | 1 |
 {% if c.decode_latency is not none -%}
@@ -35,17 +39,22 @@ in and is folded into the feed-forward weights.
 | parameters | {{ "{:,}".format(c.parameters) }} | {{ "{:,}".format(b.parameters) }} |
 
 Intervals are 95 %. The latency interval says where a repeated measurement in another process falls.
-
+{% if kind.name != "eas" -%}
+Times, KV cache and parameters are those of the merged model (format `eas`).
+{% endif %}
 ## Use
 
-```python
-import eas_search as eas
+This folder is in the format `{{ kind.name }}`: {{ kind.summary }}.
 
-model = eas.load_pretrained("path/to/this/folder")
+```python
+{{ usage }}
 ```
 
-`model` is an ordinary `transformers` model: `generate`, KV cache and batching work as usual. `eas-search verify FOLDER`
-reloads it and compares it with the trained student; `eas-search evaluate FOLDER` repeats accuracy and latency.
+{% if kind.generates -%}
+`model` is an ordinary `transformers` model: `generate`, KV cache and batching work as usual.
+`eas-search evaluate FOLDER` repeats accuracy and latency.
+{% endif -%}
+`eas-search verify FOLDER` reloads it and compares it with the recorded answers of the trained student.
 
 ## What was skipped
 
@@ -72,7 +81,9 @@ def _code(text: Any) -> str:
     return "`" + " ".join(str(text).replace("`", "'").split()) + "`"
 
 
-def model_card(facts: Mapping[str, Any], skipped: Sequence[str], total: int, config: SkipConfig) -> str:
+def model_card(
+    facts: Mapping[str, Any], skipped: Sequence[str], total: int, config: SkipConfig, kind: Format, usage: str
+) -> str:
     """The card as Markdown.
 
     Args:
@@ -80,9 +91,18 @@ def model_card(facts: Mapping[str, Any], skipped: Sequence[str], total: int, con
         skipped: names of the skipped sites.
         total: number of searchable sites.
         config: the skip configuration.
+        kind: format of the export.
+        usage: Python that loads it.
     """
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)  # Markdown, see `_code`
     environment.globals.update(code=_code, pct=lambda share: f"{100 * share:.1f} %", num=lambda value: f"{value:.3f}")
     return environment.from_string(_TEMPLATE).render(
-        facts=facts, c=facts["claims"], b=facts["baseline"], skipped=skipped, total=total, config=config
+        facts=facts,
+        c=facts["claims"],
+        b=facts["baseline"],
+        skipped=skipped,
+        total=total,
+        config=config,
+        kind=kind,
+        usage=usage,
     )

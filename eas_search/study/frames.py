@@ -98,6 +98,7 @@ def front_frame(
                 "accuracy_low": finalist.accuracy_low,
                 "accuracy_high": finalist.accuracy_high,
                 "validation_accuracy": finalist.validation_accuracy,
+                "breakdown": finalist.breakdown,
                 **figures[finalist.number],
                 "config": config.model_dump(mode="json"),
             }

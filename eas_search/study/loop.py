@@ -35,7 +35,7 @@ class TooManyFailures(EasSearchError):
 
 @dataclass
 class TrialLoop:
-    """Asks for configurations and tells results until `budget` trials are complete.
+    """Asks for configurations and tells results until `budget` trials, or the whole space, are complete.
 
     Attributes:
         study: with its storage; this object is its only writer.
@@ -67,7 +67,7 @@ class TrialLoop:
         """
         with undisturbed():
             known = self._known()
-            left = self.settings.budget - len(self.completed())
+            left = min(self.settings.budget, self.space.size) - len(self.completed())
         pending: dict[Future[TrialResult], tuple[Trial, SkipConfig]] = {}
         while left > 0 or pending:
             while left > 0 and len(pending) < slots and not self._late():
@@ -160,12 +160,14 @@ _bench: dict[str, Any] = {}
 def evaluate_in_worker(settings: SearchSettings, folder: Path, config: SkipConfig) -> TrialResult:
     """Evaluate in a worker process, which loads the workbench and the kept supernet once."""
     from eas_search.objective import evaluate, set_threads
+    from eas_search.plugins import load_plugins
     from eas_search.stages import StageFolder, supernet_stage
     from eas_search.workbench import Workbench
 
     key = f"{folder}:{settings.fingerprint()}"
     if key not in _bench:
         set_threads(settings.jobs)
+        load_plugins(settings.plugins)
         bench = Workbench.open(settings, folder)
         _bench[key] = (bench, *supernet_stage(bench, StageFolder(folder / "stages"), None, lambda *_: None))
     bench, supernet, redundancy = _bench[key]

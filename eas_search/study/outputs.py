@@ -14,20 +14,31 @@ import pandas as pd
 
 import eas_search
 from eas_search.exceptions import StorageError
-from eas_search.export import save_pretrained, verify, write_reference
+from eas_search.export import ExportJob, export_student, get_format, usage
 from eas_search.finalists import Finalist
 from eas_search.report.front import REFERENCE, hypervolume
 from eas_search.stages import Baseline
 from eas_search.study.card import model_card
 from eas_search.workbench import Workbench
 
+CLAIMED = (
+    "accuracy",
+    "breakdown",
+    "latency",
+    "decode_latency",
+    "kv_bytes",
+    "parameters",
+    "prefill_s",
+    "decode_s",
+)
 PACKAGES = ("torch", "transformers", "optuna", "numpy", "pandas", "plotly", "joblib", "safetensors")
 INTERVAL_NOTES = (
-    "Accuracy: held-out samples that no trial saw; Wilson's 95 % interval of a proportion.",
+    "Score: mean over held-out samples that no trial saw; Wilson's 95 % interval of a proportion where answers "
+    "are right or wrong, else Student's of a mean.",
     "Latency: every finalist and the original model timed in one interleaved run in random order; the 95 % interval "
     "says where the ratio of a repeated measurement in another process falls.",
-    "Trials show validation accuracy after a short fine-tune and a quick timing; finalists were re-trained equally and "
-    "measured again.",
+    "Trials show their validation score after a short fine-tune and a quick timing; finalists were re-trained equally "
+    "and measured again.",
 )
 
 
@@ -98,6 +109,8 @@ def page_baseline(baseline: Baseline) -> dict[str, Any]:
     """The baseline as the page wants it (milliseconds)."""
     return {
         "zero_shot_accuracy": baseline.zero_shot_accuracy,
+        "zero_shot_breakdown": baseline.zero_shot_breakdown,
+        "breakdown": baseline.breakdown,
         "accuracy": baseline.accuracy,
         "accuracy_low": baseline.accuracy_low,
         "accuracy_high": baseline.accuracy_high,
@@ -125,10 +138,11 @@ def front_hypervolume(front: pd.DataFrame) -> float:
 
 def conditions(bench: Workbench) -> dict[str, str]:
     """The circumstances that a reader of the figures must know."""
-    settings = bench.settings
+    settings, student = bench.settings, bench.space.student
     tokens = bench.latency_inputs().get("input_ids")
-    shape = "" if tokens is None else f" of {tokens.shape[1]} tokens"
+    shape = "" if tokens is None else f" of {tokens.shape[-1]} tokens"
     return {
+        "score": bench.splits["test"].scoring.metric,
         "latency": f"prefill of {settings.latency_batch} prompts{shape}, {settings.dtype}, merged model",
         "training samples": str(len(bench.splits["train"])),
         "validation samples": str(len(bench.splits["validation"])),
@@ -136,39 +150,39 @@ def conditions(bench: Workbench) -> dict[str, str]:
         "trial fine-tune": f"{settings.trial.steps} steps of {settings.trial.batch_size}",
         "finalist fine-tune": f"{settings.final.steps} steps of {settings.final.batch_size}",
         "sampler": settings.sampler,
-        "student": f"{settings.student.router} router, pooling {settings.student.pooling}, "
-        f"light adapters of rank {settings.student.adapter_dim}",
+        "student": f"{student.router} router, pooling {student.pooling}, light adapters of rank {student.adapter_dim}",
+        **({"data": "; ".join(bench.task.notes)} if bench.task.notes else {}),
     }
 
 
 def write_export(
-    bench: Workbench, finalist: Finalist, row: Mapping[str, Any], baseline: Baseline, folder: Path
+    bench: Workbench, finalist: Finalist, row: Mapping[str, Any], baseline: Baseline, folder: Path, kind: str = "eas"
 ) -> None:
-    """Save the merged model with card, reference answers and manifest, then reload and verify it.
+    """Write a finalist in an export format with card, recorded answers and manifest, then reload and verify it.
 
     Raises:
         VerificationError: the reloaded export does not answer like the trained student.
     """
-    claims = {
-        key: row[key]
-        for key in row
-        if key.startswith(("accuracy", "latency", "decode_latency", "kv_bytes", "parameters", "prefill_s", "decode_s"))
-    }
+    claims = {key: row[key] for key in row if key.startswith(CLAIMED)}
     facts = {
         "base_model": bench.settings.model,
+        "head": bench.task.head,
+        "labels": None if bench.task.labels is None else list(bench.task.labels),
         "task": bench.settings.task,
+        "task_options": json.loads(to_json(bench.settings.task_options)),
+        "metric": bench.splits["test"].scoring.metric,
         "trial": int(row["number"]),
         "claims": json.loads(to_json(claims)),
         "baseline": json.loads(to_json(vars(baseline))),
         "latency_batch": bench.settings.latency_batch,
+        "held_out_limit": bench.settings.samples.test,
         "conditions": conditions(bench),
         "hardware": bench.hardware,
         "versions": versions(),
         "seed": bench.settings.seed,
     }
-    merged: Any = finalist.merged
-    card = model_card(facts, [site.name for site in merged.eas.skipped], len(bench.sites), finalist.config)
-    save_pretrained(finalist.merged, folder, bench.processor, card, facts)
-    prompts = bench.splits["validation"].prompts(4)
-    write_reference(folder, finalist.student, prompts)
-    verify(folder)
+    student: Any = finalist.student
+    chosen, prompts = get_format(kind), bench.splits["validation"].prompts(4)
+    skipped = [site.name for site in student.eas.skipped]
+    card = model_card(facts, skipped, len(bench.sites), finalist.config, chosen, usage(chosen, student, prompts))
+    export_student(ExportJob(student, prompts, bench.processor, card, facts, bench.model), folder, kind)

@@ -23,6 +23,7 @@ class TrialNews:
     latency: float
     front: int
     best: str
+    metric: str = "accuracy"
 
 
 class Display(Protocol):
@@ -77,8 +78,8 @@ class PlainDisplay:
         if news.done > before:
             left = f" | {(now - begin) / (news.done - before) * (news.budget - news.done):.0f} s left"
         self._say(
-            f"trial {news.done}/{news.budget}: {news.skipped} of {news.sites} skipped, accuracy {news.accuracy:.3f}, "
-            f"{1 / news.latency:.2f}× | front {news.front} | best {news.best}{left}"
+            f"trial {news.done}/{news.budget}: {news.skipped} of {news.sites} skipped, {news.metric} "
+            f"{news.accuracy:.3f}, {1 / news.latency:.2f}× | front {news.front} | best {news.best}{left}"
         )
 
     def note(self, text: str) -> None:

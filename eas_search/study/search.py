@@ -16,9 +16,10 @@ from optuna.study import Study
 from eas_search.exceptions import EasSearchError
 from eas_search.finalists import Finalist, measure_finalists, prepare_finalist, select_finalists
 from eas_search.objective import TrialResult, evaluate
+from eas_search.plugins import plugin_name
 from eas_search.report.front import non_dominated
 from eas_search.report.page import PageData, write_page
-from eas_search.samplers import make_sampler, ranking_prefixes
+from eas_search.samplers import check_budget, make_sampler, ranking_prefixes
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
 from eas_search.stages import Baseline, StageFolder, baseline_stage, supernet_stage
@@ -26,6 +27,7 @@ from eas_search.study import outputs
 from eas_search.study.frames import front_frame, mark_chosen, trials_frame
 from eas_search.study.loop import TrialLoop, run_here, run_in_workers
 from eas_search.study.progress import Display, TrialNews
+from eas_search.study.quality import DEFINITION, metric_quality
 from eas_search.study.storage import load_or_create, only_writer, open_storage, prepare_output, reap, undisturbed
 from eas_search.supernet import Supernet
 from eas_search.workbench import Workbench
@@ -91,6 +93,8 @@ class _Search:
     folder: Path
     display: Display
     sites: int = 0
+    metric: str = "accuracy"
+    goal: int = 0
 
     def run(self) -> SearchResult:
         deadline = None if self.settings.time_limit is None else time.monotonic() + self.settings.time_limit
@@ -100,14 +104,21 @@ class _Search:
                 self.display.note(f"{again} interrupted trial(s) of an earlier run are queued again")
             self.display.stage(f"Loading model {self.settings.model!r} and task {self.settings.task!r}")
             bench = Workbench.open(self.settings, self.folder)
-            self.sites = len(bench.sites)
+            check_budget(self.settings.sampler, bench.space, self.settings.budget)
+            self.sites, self.metric = len(bench.sites), bench.splits["test"].scoring.metric
+            # A small space ends before the budget does: nothing is evaluated twice.
+            self.goal = min(self.settings.budget, bench.space.size)
+            if self.goal < self.settings.budget:
+                self.display.note(f"The search space holds {self.goal} configurations; all of them will be tried")
+            for note in bench.task.notes:
+                self.display.note(f"Data: {note}")
         stages = StageFolder(self.folder / "stages")
         with self._timed("baseline"):
             self.display.stage("Baseline: score, adapter-only fine-tune and latency of the unmodified model")
             baseline, adapted = baseline_stage(bench, stages, self.display.step)
             self.display.note(
-                f"Baseline: accuracy {baseline.zero_shot_accuracy:.3f} before, {baseline.accuracy:.3f} after "
-                f"adapter-only fine-tuning (held-out); prefill {1000 * baseline.prefill_s:.1f} ms"
+                f"Baseline: {bench.task.metric} {baseline.zero_shot_accuracy:.3f} before, {baseline.accuracy:.3f} "
+                f"after adapter-only fine-tuning (held-out); prefill {1000 * baseline.prefill_s:.1f} ms"
             )
         with self._timed("supernet"):
             self.display.stage("Supernet: closed-form start, joint training, redundancy scores")
@@ -133,15 +144,17 @@ class _Search:
                 self.study.set_user_attr("wall_clock", wall_clock)
 
     def _trials(self, bench: Workbench, supernet: Supernet, redundancy: list[float], deadline: float | None) -> int:
-        budget = self.settings.budget
         with undisturbed():
             known = self._queue_prefixes(bench, redundancy)
-        sampler = make_sampler(self.settings.sampler, bench.space, redundancy, self.settings.seed, known)
+        settings = self.settings
+        sampler = make_sampler(
+            settings.sampler, bench.space, redundancy, settings.seed, known, settings.supernet.bandit
+        )
         self.study.sampler = sampler
         loop = TrialLoop(self.study, bench.space, sampler, self.settings, self._news, deadline)
         before = len(loop.completed())
-        if before < budget:
-            self.display.stage(f"Trials: {before} of {budget} done")
+        if before < self.goal:
+            self.display.stage(f"Trials: {before} of {self.goal} done")
             if self.settings.jobs == 1:
                 loop.run(run_here(lambda config: evaluate(bench, supernet, redundancy, config)), 1)
             else:
@@ -171,7 +184,7 @@ class _Search:
         self.display.trial(
             TrialNews(
                 done=len(done),
-                budget=self.settings.budget,
+                budget=self.goal,
                 number=number,
                 skipped=len(config.skip),
                 sites=self.sites,
@@ -179,6 +192,7 @@ class _Search:
                 latency=result.latency,
                 front=int(non_dominated(accuracy.to_numpy(), latency.to_numpy()).sum()),
                 best=f"{accuracy.iloc[best]:.3f} at {1 / latency.iloc[best]:.2f}×",
+                metric=self.metric,
             )
         )
 
@@ -224,7 +238,7 @@ class _Search:
         self.display.stage("Export: merged model, reloaded and compared with the trained one")
         with self._timed("export"):
             outputs.write_export(bench, finalist, row, baseline, folder / "export")
-        summary = self._summary(bench, baseline, front, completed)
+        summary = self._summary(bench, baseline, trials, front, completed)
         outputs.write_text(folder / "summary.json", outputs.to_json(summary))
         page = PageData(
             trials=trials,
@@ -236,24 +250,44 @@ class _Search:
             interval_notes=outputs.INTERVAL_NOTES,
         )
         write_page(page, folder / "pareto.html")
-        return SearchResult(folder, completed, front, baseline, summary, completed >= self.settings.budget)
+        return SearchResult(folder, completed, front, baseline, summary, completed >= self.goal)
 
-    def _summary(self, bench: Workbench, baseline: Baseline, front: pd.DataFrame, completed: int) -> dict[str, Any]:
+    def _metrics(self, bench: Workbench, trials: pd.DataFrame) -> dict[str, Any]:
+        """Every redundancy metric: its scores by site, and how well they foretold the trials."""
+        record = StageFolder(self.folder / "stages").read("supernet")
+        assert record is not None, "the supernet stage is over"
+        metrics, names = record[0]["metrics"], record[0]["sites"]
+        quality = metric_quality(trials, [site.index for site in bench.sites], metrics)
+        return {
+            "ranking": self.settings.ranking,
+            "kendall_tau": DEFINITION,
+            "metrics": {
+                name: {**quality[name], "scores": dict(zip(names, scores, strict=True))}
+                for name, scores in metrics.items()
+            },
+        }
+
+    def _summary(
+        self, bench: Workbench, baseline: Baseline, trials: pd.DataFrame, front: pd.DataFrame, completed: int
+    ) -> dict[str, Any]:
         chosen = front[front["chosen"]].iloc[0]
         return {
             "study_name": self.study.study_name,
             "model": self.settings.model,
             "task": self.settings.task,
+            "metric": bench.splits["test"].scoring.metric,
             "seed": self.settings.seed,
             "budget": self.settings.budget,
             "completed": completed,
             "hypervolume": outputs.front_hypervolume(front),
             "baseline": outputs.page_baseline(baseline),
+            "redundancy": self._metrics(bench, trials),
             "front": [int(number) for number in front[front["on_front"]]["number"]],
             "chosen": int(chosen["number"]),
             "wall_clock": self.study.user_attrs["wall_clock"],
             "versions": outputs.versions(),
             "hardware": bench.hardware,
             "conditions": outputs.conditions(bench),
+            "plugins": [plugin_name(plugin) for plugin in self.settings.plugins],
             "settings": self.settings.model_dump(mode="json"),
         }

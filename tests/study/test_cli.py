@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from science_files import problem, write_scienceqa
 
 from eas_search import cli, run
 from eas_search.study.outputs import read_json
@@ -42,7 +44,7 @@ WRONG_FLAGS = [
     (["--model", "no/such/folder/x"], ["no/such/folder/x", "existing model folder"]),
     (["--model", "/nowhere"], ["/nowhere", "existing model folder"]),
     (["--task", "digit-vqa"], ["digit-vqa", "did you mean 'digits-vqa'?"]),
-    (["--task", "soccer"], ["soccer", "expected one of digits-vqa"]),
+    (["--task", "soccer"], ["soccer", "expected one of ", "causal-lm, digits-vqa"]),
     (["--data", "somewhere"], ["somewhere", "leave out --data"]),
     (["--budget", "0"], ["--budget is 0", "1 or more"]),
     (["--budget", "-3"], ["-3", "1 or more"]),
@@ -50,6 +52,7 @@ WRONG_FLAGS = [
     (["--seed", "-1"], ["seed", "-1", "greater than or equal to 0"]),
     (["--jobs", "0"], ["jobs", "0", "greater than or equal to 1"]),
     (["--sampler", "cma-es"], ["cma-es", "'eas'"]),
+    (["--fine-tune-steps", "-1"], ["--fine-tune-steps is -1", "0 (no training)"]),
     (["--dtype", "int4"], ["int4", "'float32'"]),
     (["--prefer", "nonsense"], ["nonsense", "accuracy=0.99"]),
     (["--prefer", "accuracy=2"], ["accuracy=2", "between 0 and 1"]),
@@ -70,10 +73,10 @@ WRONG_FILES = [
     ("just words", ["study.yaml", "str", "name: value"]),
     ("bugdet: 3", ["bugdet", "did you mean 'budget'?"]),
     ("trial: {step: 3}", ["trial.step", "did you mean 'steps'?"]),
-    ("colour: red", ["colour", "expected one of model"]),
+    ("colour: red", ["colour", "expected one of", "model"]),
     ("1: 2", ["1 is not a setting"]),
     ("budget: many", ["budget", "many", "integer"]),
-    ("space: {towers: [audio]}", ["towers", "audio", "'text'"]),
+    ("space: {towers: [smell]}", ["towers", "smell", "'text'"]),
     ("space: {pia_dims: [3]}", ["pia_dims holds 3", "multiples of student.groups = 2"]),
     ("space: {placements: []}", ["placements", "at least one"]),
     ("student: {skip: [1]}", ["student.skip must stay empty"]),
@@ -82,6 +85,10 @@ WRONG_FILES = [
     ("trial_latency: {rounds: 1}", ["rounds", "1", "greater than or equal to 3"]),
     ("data: !!python/object/apply:os.system ['touch hacked']", ["study.yaml", "line 1"]),
     ("model: [1]", ["model", "string"]),
+    ("task_options: {colour: red}", ["option 'colour' of task 'digits-vqa'", "leave it out"]),
+    ("task: vqa", ["task 'vqa' needs data", "LLaVA's format", "--data"]),
+    ("{task: vqa, data: ., task_options: {turn: all}}", ["option 'turn'", "did you mean 'turns'?"]),
+    ("{task: scienceqa, data: .}", ["'problems.json' cannot be read in '.'", "github.com/lupantech/ScienceQA"]),
 ]
 
 
@@ -169,6 +176,34 @@ def test_an_evaluation_of_no_samples_is_one_line(call: Call, finished: SimpleNam
     assert_refused(call("evaluate", finished.folder / "export", "--limit", limit), [str(limit)])
 
 
+def test_predictions_are_scored_in_the_published_columns(call: Call, tmp_path: Path) -> None:
+    folder = write_scienceqa(tmp_path)
+    predictions = {str(i): problem(i)["answer"] for i in range(28, 37)}
+    (tmp_path / "p.json").write_text(json.dumps({**predictions, "28": "nothing"}), encoding="utf-8")
+    said = call("score", "--task", "scienceqa", "--data", folder, "--predictions", tmp_path / "p.json")
+    assert said.code == 0, said.err
+    head, figures = (line.split() for line in said.out.splitlines()[2:5:2])
+    assert [word for word in head if word.isalnum() or "-" in word][-2:] == ["G7-12", "average"]
+    assert "88.89" in figures  # 8 of 9
+    assert_refused(call("score", "--data", folder, "--predictions", tmp_path / "none.json"), ["none.json", "expected"])
+    wrong = call("score", "--task", "vqa", "--data", folder, "--predictions", tmp_path / "p.json")
+    assert_refused(wrong, ["'vqa'", "'scienceqa'"])
+
+
+def test_the_first_batch_is_shown_without_its_answers_being_pooled(call: Call, study_file: Path) -> None:
+    said = call("run", "--config", study_file, "--show-batch")
+    assert said.code == 0, said.err
+    lines = said.out.splitlines()
+    assert "score: exact match, head: generation, pooling: prompt" in said.out
+    rows = {name: [line for line in lines if line.startswith(name)] for name in ("prompt:", "labels:", "pooled:")}
+    assert {len(found) for found in rows.values()} == {8}  # the baseline's batch
+    for prompt, label, pooled in zip(*rows.values(), strict=True):
+        assert label.endswith("<eos>'")
+        assert pooled.partition("tokens: ")[2] == prompt.removeprefix("prompt: ")
+        assert "16 × <image>" in prompt
+    assert not (Path.cwd() / "runs").exists()
+
+
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["run.py", "--task", "soccer", "--debug"])
     with pytest.raises(run.EasSearchError, match="soccer"):
@@ -179,7 +214,7 @@ def test_sites_are_listed_without_loading_weights(call: Call, tiny_model: Path, 
     said = call("sites", "--model", tiny_model)
     assert said.code == 0
     assert "6 attention sites of LlavaForConditionalGeneration" in said.out
-    assert said.out.count("self_attn") == 6
+    assert [line.split()[0] for line in said.out.splitlines() if "self_attn" in line] == ["0–3", "4,"]
     (tmp_path / "bare").mkdir()
     shutil.copy(tiny_model / "config.json", tmp_path / "bare")
     assert call("sites", "--model", tmp_path / "bare").out == said.out
@@ -212,6 +247,38 @@ def test_another_trial_can_be_exported_verified_and_evaluated(
     assert said.code == 0, said.err
     accuracy = f"{read_json(folder / 'eas_config.json')['about']['claims']['accuracy']:.4f}"
     assert said.out.count(accuracy) == 2  # now and claimed: the same held-out samples
+
+
+def test_the_formats_of_a_trial_are_planned_and_written(call: Call, finished_copy: Path) -> None:
+    said = call("export", finished_copy, "--plan")
+    assert said.code == 0, said.err
+    rows = {line.split("│")[1].strip(): line for line in said.out.splitlines() if line.count("│") == 4}
+    assert {name for name, line in rows.items() if "exact" in line} >= {"eas", "adapter", "torch-export"}
+    assert "pooling 'prompt' adds a vector per sample" in rows["stock"]
+    assert "LlavaForConditionalGeneration is not of this family" in rows["decilm"]
+    number = read_json(finished_copy / "best.json")["number"]
+    said = call("export", finished_copy, "--format", "adapter")
+    assert said.code == 0, said.err
+    folder = finished_copy / f"export-{number}-adapter"
+    assert "eas.load_adapter(base_model" in (folder / "README.md").read_text(encoding="utf-8")
+    said = call("verify", folder)
+    assert said.code == 0, said.err
+    assert "several rows, left padding, static cache" in said.out
+    assert_refused(call("export", finished_copy, "--format", "gguf"), ["gguf", "expected one of eas, adapter"])
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_trained(
+    call: Call, finished_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*_: object, **__: object) -> None:
+        raise AssertionError("training was started")
+
+    monkeypatch.setattr("eas_search.study.afterwards.prepare_finalist", train)
+    (finished_copy / "file").write_text("", encoding="utf-8")
+    refused = call("export", finished_copy, "--output", finished_copy / "file" / "export")
+    assert_refused(refused, ["cannot be written", "choose another folder"])
+    refused = call("export", finished_copy, "--format", "stock")
+    assert_refused(refused, ["'stock' is impossible", "pooling 'prompt'", "--plan"])
 
 
 def test_the_first_line_appears_before_torch_is_loaded(environment: dict[str, str]) -> None:

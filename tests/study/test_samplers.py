@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -11,10 +14,12 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from eas_search.bandit import BanditConfig
+from eas_search.exceptions import ConfigError
+from eas_search.names import SAMPLERS
 from eas_search.objective import TrialResult
-from eas_search.samplers import FrontSampler, make_sampler, ranking_prefixes
+from eas_search.samplers import LIBRARY, EasBanditSampler, FrontSampler, check_budget, make_sampler, ranking_prefixes
 from eas_search.search_space import SearchSpace
-from eas_search.settings import SAMPLERS
 from eas_search.skip_config import SkipConfig
 
 REDUNDANCY = [0.3, -0.2, 0.9, 0.0, 0.5, 0.1]  # of the sites 0, 1, 2, 3, 4, 7
@@ -183,10 +188,101 @@ def test_every_sampler_proposes_configurations_of_the_space(
     assert len(set(asked)) > 6
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "eas"])
+@pytest.mark.parametrize("name", sorted(LIBRARY))
 def test_a_resumed_study_does_not_repeat_the_draws_of_the_first_run(
     small_space: SearchSpace, fake_result: Fake, name: str
 ) -> None:
     first = play(new_study(make_sampler(name, small_space, REDUNDANCY, 0, done=0)), small_space, fake_result, 5)
     resumed = play(new_study(make_sampler(name, small_space, REDUNDANCY, 0, done=5)), small_space, fake_result, 5)
     assert first != resumed
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_no_configuration_is_proposed_twice_until_none_is_left(
+    small_space: SearchSpace, fake_result: Fake, name: str
+) -> None:
+    """Three sites, three ranks, two placements: (2³ − 1) · 6 = 42 configurations."""
+    space = SearchSpace(small_space.sites[:3], small_space.choices, small_space.student)
+    assert space.size == 42
+    asked = play(new_study(make_sampler(name, space, [0.1, 0.2, 0.0], 0, 0)), space, fake_result, 42)
+    assert len(set(asked)) == 42
+    assert set(asked) == set(space.every())
+    assert all(config.skip for config in asked)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_fixed_number_of_sites_is_kept(small_space: SearchSpace, fake_result: Fake, name: str) -> None:
+    space = replace(small_space, fixed_k=4)
+    asked = play(new_study(make_sampler(name, space, REDUNDANCY, 0, 0)), space, fake_result, 25)
+    assert {len(config.skip) for config in asked} == {4}
+    assert len(set(asked)) == 25
+
+
+def test_a_fixed_number_of_sites_leaves_one_prefix_and_fewer_configurations(small_space: SearchSpace) -> None:
+    space = replace(small_space, fixed_k=2)
+    assert [config.skip for config in ranking_prefixes(space, REDUNDANCY, 9)] == [(2, 4)]
+    assert space.size == math.comb(6, 2) * 6 == len(list(space.every()))
+    assert {config.skip for config in space.every()} == set(combinations((0, 1, 2, 3, 4, 7), 2))
+
+
+def test_more_sites_than_there_are_cannot_be_skipped(small_space: SearchSpace) -> None:
+    with pytest.raises(ConfigError, match=r"fixed_k is 7; expected at most 6.*\Z"):
+        replace(small_space, fixed_k=7)
+
+
+def test_an_exhaustive_search_needs_the_budget_for_it(small_space: SearchSpace) -> None:
+    with pytest.raises(ConfigError, match="all 378 configurations of 6 sites, but the budget is 377") as error:
+        check_budget("brute", small_space, 377)
+    assert "\n" not in str(error.value)
+    check_budget("brute", small_space, 378)
+    check_budget("eas", small_space, 1)
+
+
+def test_the_bandits_scores_follow_from_the_completed_trials(small_space: SearchSpace) -> None:
+    """Written out for METER's rule: r_i += η (R_j − R̄) p_i (1 − p_i); only two full groups of one size count."""
+    rule = BanditConfig(policy="sigmoid", candidates=2, learning_rate=3.0)
+    sampler = EasBanditSampler(small_space, 0, rule)
+    trials = [
+        known(small_space, small_space.config([0, 7]), 0.9),
+        known(small_space, small_space.config([4]), 0.1),  # alone of its size
+        known(small_space, small_space.config([1, 2]), 0.5, TrialState.RUNNING),
+        known(small_space, small_space.config([2, 7]), 0.7),
+        known(small_space, small_space.config([0, 1]), 0.4),
+        known(small_space, small_space.config([0, 2]), 0.8),
+    ]
+    for number, trial in enumerate(trials):
+        trial.number = number
+    first = 3.0 * 0.1 * 0.25  # p = ½ at r = 0
+    r0, r2 = first, -first
+    slopes = {site: (p := 1 / (1 + math.exp(-r))) * (1 - p) for site, r in ((0, r0), (1, 0.0), (2, r2))}
+    expected = [
+        r0 + 3.0 * (-0.2 + 0.2) * slopes[0],
+        3.0 * -0.2 * slopes[1],
+        r2 + 3.0 * 0.2 * slopes[2],
+        0.0,
+        0.0,
+        0.0,  # site 7 was in both sets of the first group
+    ]
+    assert sampler.bandit(trials).scores.tolist() == pytest.approx(expected, abs=1e-6)
+    assert sampler.bandit(trials[::-1]).scores.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_resumed_bandit_goes_on_where_it_was(small_space: SearchSpace, fake_result: Fake) -> None:
+    straight = play(new_study(make_sampler("bandit", small_space, REDUNDANCY, 0, 0)), small_space, fake_result, 24)
+    study = new_study(make_sampler("bandit", small_space, REDUNDANCY, 0, 0))
+    first = play(study, small_space, fake_result, 11)
+    study.sampler = make_sampler("bandit", small_space, REDUNDANCY, 0, 11)
+    assert first + play(study, small_space, fake_result, 13) == straight
+
+
+def test_a_round_of_the_bandit_ends_with_the_top_k(small_space: SearchSpace, fake_result: Fake) -> None:
+    """Skipping deep sites costs nothing in the made-up evaluation, so that they end up on top."""
+    space = replace(small_space, fixed_k=2)
+    rule = BanditConfig(policy="sigmoid", candidates=3, learning_rate=20.0)
+    sampler = EasBanditSampler(space, 0, rule)
+    study = new_study(sampler)
+    asked = play(study, space, fake_result, 40)
+    tops = [config for number, config in enumerate(asked) if sampler.origins[number] == "bandit: top k"]
+    assert all(number % 4 == 3 for number, origin in sampler.origins.items() if origin == "bandit: top k")
+    assert tops
+    assert sampler.bandit(study.trials).top(2) == (4, 5)  # the sites with the indexes 4 and 7

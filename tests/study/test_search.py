@@ -115,11 +115,11 @@ def test_running_again_adds_nothing_and_keeps_every_result(
     search: Callable[..., SimpleNamespace], finished: SimpleNamespace, finished_copy: Path
 ) -> None:
     before = {name: (finished_copy / name).read_bytes() for name in ("trials.csv", "pareto.json", "best.json")}
-    weights = (finished_copy / "export" / "model.safetensors").read_bytes()
+    weights = (finished_copy / "export" / "student.safetensors").read_bytes()
     again = search(finished.settings, finished_copy)
     assert len(again.study.trials) == BUDGET
     assert {name: (finished_copy / name).read_bytes() for name in before} == before
-    assert (finished_copy / "export" / "model.safetensors").read_bytes() == weights
+    assert (finished_copy / "export" / "student.safetensors").read_bytes() == weights
     old, new = (read_json(folder / "summary.json") for folder in (finished.folder, finished_copy))
     assert all(new["wall_clock"][stage] >= seconds for stage, seconds in old["wall_clock"].items())
     assert {**old, "wall_clock": 0} == {**new, "wall_clock": 0}
