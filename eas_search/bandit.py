@@ -53,11 +53,14 @@ class BanditConfig(BaseModel):
 
 # The published settings: LaVIN on ScienceQA (warm-up 5 of 10 epochs), METER on VQAv2 (1 of 10), LLaVA on SLAKE (15 of
 # 40; k ramps up meanwhile).
-VARIANTS = {
+VARIANTS: dict[str, BanditConfig] = {
     "lavin": BanditConfig(),
     "meter": BanditConfig(policy="sigmoid", candidates=3, learning_rate=1.0, every=10, warmup=0.1),
     "llava": BanditConfig(policy="sigmoid", candidates=5, learning_rate=1.0, every=3, warmup=0.375, ramp=True),
 }
+
+
+FLATTEN_AFTER = 100  # draws of a set that was drawn before
 
 
 class EasBandit:
@@ -90,11 +93,17 @@ class EasBandit:
                 f"{count} distinct skip sets of {size} of {len(self.scores)} sites do not exist; choose another size"
             )
         sets: list[tuple[int, ...]] = []
+        weights, known = self.policy().clamp_min(torch.finfo(torch.float32).tiny), 0
         while len(sets) < count:
-            drawn = torch.multinomial(self.policy(), size, replacement=False, generator=generator)
+            drawn = torch.multinomial(weights, size, replacement=False, generator=generator)
             candidate = tuple(sorted(drawn.tolist()))
             if candidate not in sets:
                 sets.append(candidate)
+                continue
+            known += 1
+            if known % FLATTEN_AFTER == 0:
+                # A policy that is sure of itself would draw the same set for ever.
+                weights = weights.sqrt()
         return sets
 
     def update(self, sets: Sequence[Sequence[int]], losses: Sequence[float]) -> None:

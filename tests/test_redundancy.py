@@ -143,6 +143,16 @@ def test_the_policy_prefers_high_scores() -> None:
     assert firsts.count((1, 3)) > 180
 
 
+@pytest.mark.parametrize("policy", ["softmax", "sigmoid"])
+def test_a_policy_that_is_sure_of_itself_still_draws_distinct_sets(policy: str) -> None:
+    """softmax(10 r) of these scores is 1 for two sites and underflows to 0 for the others."""
+    bandit = EasBandit(5, BanditConfig(policy=policy))
+    bandit.scores = torch.tensor([0.0, 60.0, 0.0, 60.0, 0.0])
+    sets = bandit.draw(2, torch.Generator().manual_seed(0), count=6)
+    assert len(set(sets)) == 6
+    assert policy == "sigmoid" or sets[0] == (1, 3)
+
+
 @pytest.mark.parametrize(("size", "count"), [(0, 1), (5, 1), (4, 2), (1, 5)])
 def test_sets_that_do_not_exist_are_refused(size: int, count: int) -> None:
     with pytest.raises(ConfigError, match=f"{count} distinct skip sets of {size} of 4"):

@@ -79,15 +79,15 @@ def batches_for(model: Any, labels: str, teacher: Any = None) -> list[Batch]:
     found = []
     for seed in (1, 2):
         generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(3, 40, (8, 9), generator=generator)
+        ids = torch.randint(3, 40, (12, 9), generator=generator)
         mask = torch.ones_like(ids)
-        mask[3:5, :3] = 0
+        mask[3:6, :3] = 0
         batch: Batch = {"input_ids": ids, "attention_mask": mask}
         with torch.no_grad():
             if labels == "class":
                 batch["labels"] = model(**batch).logits.argmax(-1)
             elif labels == "text":
-                start = torch.zeros(8, 1, dtype=torch.long)
+                start = torch.zeros(12, 1, dtype=torch.long)
                 for _ in range(4):
                     step = model(**batch, decoder_input_ids=start).logits[:, -1:].argmax(-1)
                     start = torch.cat([start, step], dim=1)
@@ -198,7 +198,7 @@ def test_kl_is_that_of_the_answers_written_out() -> None:
             inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
             with torch.no_grad():
                 p, q = (one(**inputs).logits.double().log_softmax(-1) for one in (model, without))
-            for row in range(8):
+            for row in range(12):
                 for position in range(8):
                     if batch["labels"][row, position + 1] != -100:
                         total += float((p[row, position].exp() * (p[row, position] - q[row, position])).sum())
