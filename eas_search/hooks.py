@@ -53,7 +53,8 @@ class EnterStack:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Bind the call's arguments by name, so that positional calls work too."""
-        call = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        signature = inspect.signature(module.forward)
+        call = signature.bind(*args, **kwargs).arguments
         named = {**call.pop("kwargs", {}), **call}
         context = self.context
         tokens = next((named[name] for name in TOKENS if named.get(name) is not None), None)
@@ -68,7 +69,7 @@ class EnterStack:
             self.cross.scratch, self.cross.entered = {}, True
         if module.training:
             remember_passes(module, (context,) if self.cross is None else (context, self.cross))
-        if "past_key_values" in inspect.signature(module.forward).parameters and hasattr(module, "config"):
+        if "past_key_values" in signature.parameters and hasattr(module, "config"):
             named["past_key_values"] = self._cache(module, named)
         return (), named
 

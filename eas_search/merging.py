@@ -81,7 +81,7 @@ def merge(student: Model) -> Model:
 
     Raises:
         ConfigError: `student` was not made by `apply_skips`, or is merged already.
-        UnsupportedModelError: an activation through which a `parallel` PIA cannot pass.
+        UnsupportedModelError: the FFN that a PIA would fold into is quantised.
     """
     info = getattr(student, "eas", None)
     if info is None or info.merged:
@@ -145,10 +145,10 @@ def _merge_skipped(block: Any) -> None:
     else:
         identity = (gain1, shift1) if config.identity == "paper" else (torch.ones_like(gain1), None)
         if config.router == "static":
-            neurons = folded["stream"] if stream_folds(block) else None
-            ffn = fold_static(block, identity, folded["ffn"], neurons)
-            if folded["stream"] is not None and neurons is None:
-                block.thin_stream = ThinPath(folded["stream"], like)
+            stream = folded["stream"]
+            thin = stream is not None and not stream_folds(block)
+            ffn = fold_static(block, identity, folded["ffn"], None if thin else stream)
+            block.thin_stream = ThinPath(stream, like) if thin else None
         else:
             ffn = fold_routed(block, identity, folded["ffn"])
             block.thin_ffn = ThinPath(folded["ffn"], like)

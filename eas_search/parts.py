@@ -78,43 +78,32 @@ def student_class(role: type[StudentPart], original: type[nn.Module]) -> type[nn
     return type(f"{role.__name__}{original.__name__}", (role, original), {"__module__": role.__module__})
 
 
+def original_class(module: nn.Module) -> Any:
+    """The class that says how a module is called, whatever part of a student it may have become."""
+    return module.original if isinstance(module, StudentPart) else type(module)
+
+
 def become(module: nn.Module, role: type[StudentPart], site: AttentionSite, context: TokenContext) -> Any:
     """Give `module` the role in place; returns it."""
-    original = module.original if isinstance(module, StudentPart) else type(module)
-    change_class(module, student_class(role, original))  # type: ignore[arg-type]
+    change_class(module, student_class(role, original_class(module)))  # type: ignore[arg-type]
     module.eas_site, module.eas_context = site, context  # type: ignore[assignment]
     return module
 
 
 def pia_for(config: SkipConfig, width: int, pooling: str) -> Pia:
     """A fresh PIA as `config` describes it; its up-projections are zero, so it adds nothing yet."""
-    return Pia(
-        PiaShape(
-            width=width,
-            rank=config.pia_dim,
-            groups=config.groups,
-            scale=config.scale,
-            temperature=config.temperature,
-            router=config.router,
-            pooled=pooling != "none",
-        )
-    )
+    return _adapter(config, width=width, rank=config.pia_dim, pooled=pooling != "none")
 
 
 def light_adapter_for(config: SkipConfig, width: int) -> Pia:
     """A fresh light adapter: no pooled term, bottleneck z = C x̂ + c."""
-    return Pia(
-        PiaShape(
-            width=width,
-            rank=config.adapter_dim,
-            groups=config.groups,
-            scale=config.scale,
-            temperature=config.temperature,
-            router=config.router,
-            pooled=False,
-            mix=1.0,
-        )
-    )
+    return _adapter(config, width=width, rank=config.adapter_dim, pooled=False, mix=1.0)
+
+
+def _adapter(config: SkipConfig, **own: Any) -> Pia:
+    """What all adapters of a student have in common, and what is this one's own."""
+    common = {name: getattr(config, name) for name in ("groups", "scale", "temperature", "router")}
+    return Pia(PiaShape(**common, **own))
 
 
 class AdaptedAttention(StudentPart):

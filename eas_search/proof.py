@@ -85,9 +85,9 @@ def _difference(model: nn.Module, sites: Sequence[AttentionSite], inputs: Mappin
         return float("inf"), f"without this attention the model fails: {type(error).__name__}: {error}"[:200]
     finally:
         model.train(training)
-    worst = 0.0
+    worst, answers = 0.0, _tensors(given)
     for name, first in _tensors(wanted).items():
-        second = _tensors(given).get(name)
+        second = answers.get(name)
         if second is None or first.shape != second.shape:
             return float("inf"), f"without this attention the model's output {name!r} is missing or of another shape"
         difference = (first - second).abs().max().item() / max(1.0, first.abs().max().item())

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
@@ -18,7 +18,7 @@ from eas_search.latency import LatencyConfig
 from eas_search.models.options import LoadOptions, LoadSettings
 from eas_search.names import Ranking, Sampler
 from eas_search.plugins import settled
-from eas_search.skip_config import Placement, Pooling, SkipConfig, one_line
+from eas_search.skip_config import Placement, Pooling, SkipConfig, Tower, one_line
 from eas_search.training import FineTuneConfig
 
 # Settings that a run may change when it resumes a study.
@@ -39,7 +39,7 @@ class SpaceSettings(_Group):
         placements: placements to choose from.
     """
 
-    towers: tuple[Literal["text", "vision", "audio", "fusion"], ...] = ("text",)
+    towers: tuple[Tower, ...] = ("text",)
     pia_dims: tuple[int, ...] = (4, 8, 16)
     placements: tuple[Placement, ...] = ("parallel", "ffn")
 
@@ -60,7 +60,7 @@ class SpaceWishes(SpaceSettings):
         placements: None means `parallel` and `ffn`, or `residual` where a block cannot have these.
     """
 
-    towers: tuple[Literal["text", "vision", "audio", "fusion"], ...] | None = None  # type: ignore[assignment]
+    towers: tuple[Tower, ...] | None = None  # type: ignore[assignment]
     placements: tuple[Placement, ...] | None = None  # type: ignore[assignment]
 
 

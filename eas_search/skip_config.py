@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
@@ -15,6 +15,7 @@ Router = Literal["static", "routed"]
 IdentityPath = Literal["noop", "paper"]
 Adapter = Literal["light", "lora"]
 Tower = Literal["text", "vision", "audio", "fusion"]
+TOWERS: tuple[Tower, ...] = get_args(Tower)
 
 
 class SkipConfig(BaseModel):

@@ -89,6 +89,7 @@ class SupernetLeftOut(LeftOut):
 
 
 def stand_in(model: nn.Module, site: AttentionSite, config: SkipConfig, context: TokenContext, supernet: bool) -> None:
+    """Put a stand-in in the place of one attention; with `supernet` the attention stays and can be switched."""
     attention: Any = model.get_submodule(site.name)
     device = next(attention.parameters()).device
     writer: Any = model.get_submodule(f"{site.block}.{site.pattern.writer}") if site.pattern.writer else None

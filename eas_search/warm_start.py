@@ -19,7 +19,7 @@ from eas_search.architectures.calls import CallForm, call_form
 from eas_search.architectures.norms import split_norm
 from eas_search.context import TokenContext
 from eas_search.models.calling import without_cache
-from eas_search.parts import StudentPart, other_stream
+from eas_search.parts import original_class, other_stream
 from eas_search.pia import Pia
 from eas_search.pooling import PoolSession
 from eas_search.skip_config import IdentityPath
@@ -122,10 +122,10 @@ class _Recorder:
         )
 
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.x = call_form(_original(module)).first(args, kwargs)
+        self.x = call_form(original_class(module)).first(args, kwargs)
 
     def _attend(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        form = call_form(_original(module))
+        form = call_form(original_class(module))
         self.x_hat = stand_in_input(form, self.site, args, kwargs)
         self.other = other_stream(form, args, kwargs) if self.site.kind == "cross" else None
         if self.context.streams:
@@ -176,12 +176,6 @@ class _Recorder:
         identity = x_hat if self.identity == "paper" else self.normalise1(x)
         h = x + a if self.site.residual == "sequential" else x
         return {"stream": a, "ffn": self.normalise2(h) - identity}
-
-
-def _original(module: nn.Module) -> type:
-    """The class that says how a module is called."""
-    kind: type = module.original if isinstance(module, StudentPart) else type(module)
-    return kind
 
 
 @torch.no_grad()

@@ -22,8 +22,7 @@ from eas_search.architectures.surroundings import (
     tower_of,
 )
 from eas_search.exceptions import ConfigError, UnsupportedModelError
-
-TOWERS = ("text", "vision", "audio", "fusion")
+from eas_search.skip_config import TOWERS
 
 
 @dataclass(frozen=True)

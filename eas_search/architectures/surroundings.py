@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -44,23 +47,25 @@ def is_causal(attention: nn.Module, stack: nn.Module | None = None) -> bool:
 def packs_rows(model: nn.Module, path: str) -> bool:
     """Whether the nearest enclosing pretrained model packs all its images into one row, by its source."""
     owner = _owner(model, path)
-    return owner is not None and bool(re.search(r"cu_seqlens|block_attention_mask", _source(owner)))
+    return owner is not None and bool(re.search(r"cu_seqlens|block_attention_mask", _source(type(owner).forward)))
 
 
-def _owner(model: nn.Module, path: str) -> nn.Module | None:
-    """The nearest enclosing pretrained model."""
+def _owner(model: nn.Module, path: str) -> Any:
+    """The nearest enclosing pretrained model, or None."""
     names = path.split(".")
     chain = (model.get_submodule(".".join(names[:end])) for end in range(len(names), -1, -1))
-    return next((module for module in chain if hasattr(module, "main_input_name")), None)
+    return next((module for module in chain if getattr(module, "main_input_name", None) is not None), None)
 
 
-def _source(module: nn.Module) -> str:
-    return inspect.getsource(inspect.unwrap(type(module).forward))
+@cache
+def _source(forward: Callable[..., Any]) -> str:
+    """The source of a class's `forward`; finding it again for every site of every student would be slow."""
+    return inspect.getsource(inspect.unwrap(forward))
 
 
 def makes_own_cache(stack: nn.Module) -> str:
     """The cache class that a stack makes for itself when it is not the library's general one, or ''."""
-    made = set(re.findall(r"(\w*Cache)\(", _source(stack)))
+    made = set(re.findall(r"(\w*Cache)\(", _source(type(stack).forward)))
     return "" if not made or made & {"DynamicCache", "EncoderDecoderCache"} else sorted(made)[0]
 
 
@@ -69,22 +74,19 @@ def masked_ahead(model: nn.Module, path: str) -> bool:
     if isinstance(getattr(model.get_submodule(path), "is_decoder", None), bool):
         return False
     owner = _owner(model, path)
-    source = "" if owner is None else _source(owner)
+    source = "" if owner is None else _source(type(owner).forward)
     return bool(re.search(r"create_causal_mask|is_causal=True", source)) and "bidirectional" not in source
 
 
 def tower_of(model: nn.Module, path: str) -> str:
     """The tower of a block: what the nearest enclosing pretrained model reads first, or is called."""
-    names = path.split(".")
-    for end in range(len(names), -1, -1):
-        owner = model.get_submodule(".".join(names[:end]))
-        reads = getattr(owner, "main_input_name", None)
-        if reads in _READS:
-            return _READS[reads]
-        if reads is not None:
-            # A tower that does not say what it reads is told by its class; the whole model's class says nothing.
-            called = type(owner).__name__ if end or "ForConditionalGeneration" not in type(owner).__name__ else ""
-            by_class = next((tower for tower, mark in _MARKS.items() if mark.search(called)), None)
-            by_path = next((tower for tower, mark in _MARKS.items() if mark.search(path)), None)
-            return by_class or by_path or "text"
-    return "text"
+    owner = _owner(model, path)
+    if owner is None:
+        return "text"
+    if (reads := owner.main_input_name) in _READS:
+        return _READS[reads]
+    # A tower that does not say what it reads is told by its class; the whole model's class says nothing.
+    called = "" if owner is model and "ForConditionalGeneration" in type(owner).__name__ else type(owner).__name__
+    by_class = next((tower for tower, mark in _MARKS.items() if mark.search(called)), None)
+    by_path = next((tower for tower, mark in _MARKS.items() if mark.search(path)), None)
+    return by_class or by_path or "text"

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from eas_search.exceptions import ConfigError
 from eas_search.models.options import Dtype
+from eas_search.skip_config import one_line
 
 WORTHWHILE = 1.10  # below this even skipping every attention is not worth a search
 
@@ -43,9 +44,7 @@ class BreakEvenSettings(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ConfigError(f"break-even: {where} = {first['input']!r}: {first['msg']}") from error
+            raise ConfigError(one_line(error, "break-even")) from error
         for name, numbers in (("contexts", self.contexts), ("batches", self.batches)):
             if numbers is not None and (not numbers or min(numbers) < 1):
                 raise ConfigError(f"break-even: {name} are {list(numbers)}; expected numbers from 1, e.g. 64,2048")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from eas_search.exceptions import ConfigError
+from eas_search.skip_config import one_line
 
 
 class LatencyConfig(BaseModel):
@@ -49,9 +50,7 @@ class LatencyConfig(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ConfigError(f"latency configuration: {where} = {first['input']!r}: {first['msg']}") from error
+            raise ConfigError(one_line(error, "latency configuration")) from error
 
     @classmethod
     def fast(cls, **changes: object) -> LatencyConfig:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eas_search.architectures import AttentionSite
 from eas_search.architectures.calls import CallForm, call_form
-from eas_search.parts import StudentPart
+from eas_search.parts import original_class
 from eas_search.stand_ins import stand_in_input
 from eas_search.supernet import Supernet
 
@@ -67,14 +67,14 @@ class Watcher:
         ]
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.parts = {"block_in": _form(module).first(args, kwargs)}
+        self.parts = {"block_in": call_form(original_class(module)).first(args, kwargs)}
 
     def _approach(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.sublayer is not self.block:
-            self.parts["approached"] = _form(module).first(args, kwargs)
+            self.parts["approached"] = call_form(original_class(module)).first(args, kwargs)
 
     def _attend(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        form, pattern = _form(module), self.site.pattern
+        form, pattern = call_form(original_class(module)), self.site.pattern
         self.parts["read"] = stand_in_input(form, self.site, args, kwargs)
         self.parts["adds"] = form.argument(pattern.adds, args, kwargs) if pattern.adds else None
 
@@ -132,7 +132,3 @@ def watching(supernet: Supernet, probing: bool = False) -> Iterator[list[Watcher
         supernet.model.train(training)
         for handle in handles:
             handle.remove()
-
-
-def _form(module: nn.Module) -> CallForm:
-    return call_form(module.original if isinstance(module, StudentPart) else type(module))

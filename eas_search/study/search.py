@@ -112,6 +112,8 @@ class _Search:
                 self.display.note(f"The search space holds {self.goal} configurations; all of them will be tried")
             for note in bench.task.notes:
                 self.display.note(f"Data: {note}")
+            for site, reason in bench.refused.items():
+                self.display.note(f"Left out of the search: {site}: {reason}")
         stages = StageFolder(self.folder / "stages")
         with self._timed("baseline"):
             self.display.stage("Baseline: score, adapter-only fine-tune and latency of the unmodified model")

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from checks import SINGLE, Case, NotApplicable, Wrong, merged_student, skips
 from feeds import ordinary_tokens
-from shrink import sub_configs
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from eas_search.models.twin import sub_configs
 from eas_search.skipping import apply_skips
 
 NEW = 3

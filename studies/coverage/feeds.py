@@ -7,9 +7,11 @@ import re
 from typing import Any
 
 import torch
-from shrink import FIRST_SPECIAL_ID, WIDTH, sub_configs
+from shrink import FIRST_SPECIAL_ID, WIDTH
 from torch import Tensor, nn
 from towers import pictures, sounds
+
+from eas_search.models.twin import sub_configs
 
 IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_index")
 AUDIO_TOKENS = ("audio_token_id", "audio_token_index")

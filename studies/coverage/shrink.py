@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
+
+from eas_search.models.twin import sub_configs
 
 WIDTH, FFN, HEADS, KV_HEADS, LAYERS, VOCAB = 64, 96, 4, 2, 4, 160
 HEAD_DIM = WIDTH // HEADS
@@ -83,14 +85,6 @@ def small(name: str, value: Any) -> Any:
         if re.fullmatch(names, name):
             return min(value, tiny)
     return value
-
-
-def sub_configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
-    """`config` and every configuration inside it."""
-    yield config
-    for value in list(vars(config).values()):
-        if isinstance(value, PretrainedConfig):
-            yield from sub_configs(value)
 
 
 def shrink(config: PretrainedConfig, overrides: Mapping[str, Any] | None = None) -> PretrainedConfig:

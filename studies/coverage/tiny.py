@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from feeds import inputs
 from overrides import CLASSES, OVERRIDES
 from shrink import shrink
+
+from eas_search.models.twin import fill
 
 __all__ = ["build", "candidates", "inputs", "model_types"]
 
@@ -84,7 +85,7 @@ def build_class(model_type: str, name: str, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         model = getattr(transformers, name)(config).float()
         model.config.architectures = [name]  # as in every checkpoint
-    return randomise(model, seed)
+    return fill(model, seed)
 
 
 def _refuse_large(kind: type[nn.Module], config: Any) -> None:
@@ -112,26 +113,3 @@ class quiet:
     def __exit__(self, *reason: Any) -> None:
         self.caught.__exit__(*reason)
         logging.disable(self.level)
-
-
-def randomise(model: nn.Module, seed: int) -> nn.Module:
-    """Matrices of unit gain, norm gains around 1, small biases: an attention then matters as in a trained model."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter, kind in _named(model):
-            values = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() < 2:
-                gain = float("norm" in (name + kind).lower() and not name.endswith("bias"))
-                parameter.copy_(gain + 0.2 * values)
-            elif "embed" in name or "token" in name:
-                parameter.copy_(0.7 * values)
-            else:
-                fan_in = parameter[0].numel() if parameter.dim() > 3 or "conv" in name else parameter.shape[-1]
-                parameter.copy_(values * fan_in**-0.5)
-    return model.eval()
-
-
-def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
-    """Parameters with their names and the class of the module that owns them."""
-    for name, parameter in model.named_parameters():
-        yield name, parameter, type(model.get_submodule(name.rpartition(".")[0])).__name__

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from shrink import IMAGE, sub_configs
+from shrink import IMAGE
 from torch import Tensor
+
+from eas_search.models.twin import sub_configs
 
 
 def first_of(config: Any, *names: str) -> Any:
