@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +52,25 @@ def fit(
     parameters: list[nn.Parameter],
     loss_of: Callable[[float], Tensor],
     phase: dict[str, Any],
-    label: str,
     save: Callable[[], None],
+    decayed: Sequence[nn.Parameter] = (),
 ) -> None:
-    """Adam with 5 % warm-up and a cosine decay, gradient norm clipped at 1.
+    """AdamW with 5 % warm-up and a cosine decay, gradient norm clipped at 1.
 
-    No weight decay: it would shrink the words that pretraining never shows.
+    Args:
+        parameters: all that are trained.
+        loss_of: the loss of one step, given the share of the steps that is done.
+        phase: name, steps, peak learning rate and weight decay.
+        save: called every 50 steps.
+        decayed: the only ones that `weight_decay` shrinks. Embeddings must not be among them: it would shrink the
+            words that pretraining never shows.
     """
     steps, peak = phase["steps"], phase["learning_rate"]
-    optimiser = torch.optim.Adam(parameters, lr=peak, betas=(0.9, 0.98))
+    shrinking = {id(parameter) for parameter in decayed}
+    groups: list[dict[str, Any]] = [{"params": [p for p in parameters if id(p) not in shrinking], "weight_decay": 0.0}]
+    if shrinking:
+        groups.append({"params": list(decayed), "weight_decay": phase["weight_decay"]})
+    optimiser = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, peak, total_steps=steps, pct_start=0.05, cycle_momentum=False
     )
@@ -76,7 +86,7 @@ def fit(
         if step % 50 == 0 or step == steps:
             save()
             seconds = time.perf_counter() - start
-            print(f"{label} {step}/{steps} loss {np.mean(losses[-50:]):.4f} {seconds:.0f} s", flush=True)
+            print(f"{phase['name']} {step}/{steps} loss {np.mean(losses[-50:]):.4f} {seconds:.0f} s", flush=True)
 
 
 def vision_loss(model: Any, ids: dict[str, int], images: int, rng: np.random.Generator) -> Tensor:
@@ -156,11 +166,11 @@ def main() -> None:
         model.save_pretrained(options.output)
         processor.save_pretrained(options.output)
 
-    phase = settings["vision_phase"]
+    phase = {"name": "vision", **settings["vision_phase"]}
     seeing = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]
-    fit(seeing, lambda _: vision_loss(model, ids, phase["images"], rng), phase, "vision", save)
+    fit(seeing, lambda _: vision_loss(model, ids, phase["images"], rng), phase, save)
 
-    phase = settings["joint_phase"]
+    phase = {"name": "joint", **settings["joint_phase"]}
     shape = PackedShape(phase["images"], phase["blocks_per_image"], phase["length"])
     highest = [0.0]
 
@@ -171,8 +181,12 @@ def main() -> None:
         return language_loss(model, draw_packed(ids, shape, captions, rng), ids["<bos>"])
 
     scale_features(model, model.get_input_embeddings().weight.detach().square().mean().sqrt().item(), rng)
-    with dropped_attention(model.model.language_model.layers, highest):
-        fit(list(model.parameters()), joint_loss, phase, "joint", save)
+    layers = model.model.language_model.layers
+    # Without decay the matrices keep much of their random start, and a token that training never showed makes every
+    # block amplify what reaches it: rounding errors, too.
+    matrices = [parameter for parameter in layers.parameters() if parameter.dim() == 2]
+    with dropped_attention(layers, highest):
+        fit(list(model.parameters()), joint_loss, phase, save, matrices)
     match_unseen_norms(model, (model.get_input_embeddings().weight != initial).any(dim=1))
     save()
     model.eval()
