@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from eas_search.latency import Latency, measure_latency
-from eas_search.measures import accuracy_interval, kv_bytes_per_token, parameter_count
+from eas_search.measures import accuracy_interval, kv_bytes_per_token, parameter_count, prefill_flops
 from eas_search.merging import merge
 from eas_search.objective import make_student
-from eas_search.report.front import non_dominated
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import adapter_parameters, apply_skips, load_adapters
 from eas_search.stages import StageFolder
@@ -23,12 +21,15 @@ from eas_search.supernet import Supernet
 from eas_search.training import sample_scores
 from eas_search.workbench import Workbench
 
+SCORES = "held-out scores"  # among a finalist's kept tensors; no adapter has a blank in its name
+
 
 @dataclass
 class Finalist:
     """One re-trained configuration with its held-out accuracy; `student` is unmerged, `merged` what is timed.
 
-    "Accuracy" is the mean score by the task's metric, `breakdown` holds further held-out figures by name.
+    "Accuracy" is the mean score by the task's metric, `scores` are those of the held-out samples, [N], and `breakdown`
+    holds further held-out figures by name. `selection_accuracy` is what may decide between finalists.
     """
 
     number: int
@@ -36,32 +37,11 @@ class Finalist:
     accuracy: float
     accuracy_low: float
     accuracy_high: float
-    validation_accuracy: float
+    selection_accuracy: float
+    scores: Tensor
     student: nn.Module
     merged: nn.Module
     breakdown: dict[str, float] = field(default_factory=dict)
-
-
-def select_finalists(accuracy: Sequence[float], latency: Sequence[float], count: int) -> list[int]:
-    """Positions of at most `count` points: the front first, then the front of what is left, and so on.
-
-    A front that is too long is thinned evenly along its latency, both ends kept.
-    """
-    acc, lat = np.asarray(accuracy, dtype=float), np.asarray(latency, dtype=float)
-    left = np.arange(len(acc))
-    chosen: list[int] = []
-    while len(chosen) < count and len(left):
-        layer = left[non_dominated(acc[left], lat[left])]
-        if not len(layer):
-            break
-        room = count - len(chosen)
-        if len(layer) > room:
-            ordered = layer[np.argsort(lat[layer], kind="stable")]
-            chosen += ordered[np.unique(np.linspace(0, len(ordered) - 1, room).round().astype(int))].tolist()
-            break
-        chosen += layer.tolist()
-        left = np.setdiff1d(left, layer)
-    return sorted(chosen)
 
 
 def digest(config: SkipConfig) -> str:
@@ -79,27 +59,30 @@ def prepare_finalist(
         student = make_student(bench, supernet, config, bench.settings.final)
         held_out = bench.splits["test"]
         scores = sample_scores(student, held_out)
+        selection = sample_scores(student, bench.splits["selection"])
         accuracy, low, high = accuracy_interval(scores)
         content = {
             "accuracy": accuracy,
             "accuracy_low": low,
             "accuracy_high": high,
-            "validation_accuracy": sample_scores(student, bench.splits["validation"]).double().mean().item(),
+            "selection_accuracy": selection.double().mean().item(),
             "breakdown": held_out.scoring.report(held_out, scores),
         }
-        folder.write(name, content, dict(adapter_parameters(student)))
+        folder.write(name, content, {**adapter_parameters(student), SCORES: scores})
     else:
-        content = kept[0]
+        content, adapters = kept
+        scores = adapters.pop(SCORES)
         student = apply_skips(bench.model, config)
-        load_adapters(student, kept[1])
+        load_adapters(student, adapters)
         student.eval()
-    return Finalist(number=number, config=config, student=student, merged=merge(student).eval(), **content)
+    merged = merge(student).eval()
+    return Finalist(number=number, config=config, scores=scores, student=student, merged=merged, **content)
 
 
 def measure_finalists(
     bench: Workbench, finalists: Sequence[Finalist], folder: StageFolder
 ) -> dict[int, dict[str, Any]]:
-    """Latency, KV bytes and parameters of every finalist by trial number, all timed in one interleaved run.
+    """Latency, KV bytes, parameters and FLOPs of every finalist by trial number, all timed in one interleaved run.
 
     An earlier measurement of exactly these finalists is taken as it is: a resumed study at its budget adds nothing.
     """
@@ -119,6 +102,7 @@ def measure_finalists(
                 **_flat(report[str(f.number)]),
                 "kv_bytes": kv_bytes_per_token(f.merged, inputs),
                 "parameters": parameter_count(f.merged),
+                "flops": prefill_flops(f.merged, inputs),
             }
             for f in finalists
         }

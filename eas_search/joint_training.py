@@ -1,9 +1,10 @@
-"""Joint training of a supernet's adapters under random skip sets, with the EAS bandit watching, and what follows it."""
+"""Joint training of a supernet's adapters under changing skip sets, with the EAS bandit watching, and what follows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -11,18 +12,20 @@ from torch import nn
 from eas_search.bandit import EasBandit
 from eas_search.redundancy import ONE_SHOT_METHODS
 from eas_search.redundancy.bandit import bandit_step
+from eas_search.reuse import reusing
 from eas_search.settings import SupernetSettings
 from eas_search.supernet import Supernet
 from eas_search.training import endless, fine_tune
 from eas_search.workbench import Workbench
 
 Report = Callable[[str, int, int], None]
+Choice = TypeVar("Choice")
 
 
 def train_jointly(bench: Workbench, supernet: Supernet, report: Report) -> list[float]:
-    """Random skip sets in the warm-up; behind it the bandit draws them and learns from validation losses.
+    """Every forward pass trains another skip set, see `SupernetSettings.draws`, and the bandit watches.
 
-    Every step trains under another skip set: of `fixed_k` sites if the study fixes their number, else of any number.
+    Skip sets are of `fixed_k` sites if the study fixes their number, else of any number.
 
     Returns:
         The bandit's scores.
@@ -33,7 +36,11 @@ def train_jointly(bench: Workbench, supernet: Supernet, report: Report) -> list[
     generator = torch.Generator().manual_seed(bench.settings.seed + 1)
     batches = iter(endless(bench.splits["validation"], settings.bandit_batch, generator))
     placements = bench.space.choices.placements
-    done = 0
+    dims = [dim for dim in bench.space.choices.pia_dims if dim > 0]
+    sandwich = settings.draws == "sandwich"
+    training = settings.training.model_copy(update={"passes": 3} if sandwich else {})
+    uniform = EasBandit(len(sites), settings.bandit)  # its scores stay 0
+    done = passes = 0
 
     def draw_size(largest: int, share: float) -> int:
         size = int(torch.randint(1, max(2, largest + 1), (1,), generator=generator)) if k is None else k
@@ -49,13 +56,29 @@ def train_jointly(bench: Workbench, supernet: Supernet, report: Report) -> list[
             done += 1
 
     def before_step(step: int, _: nn.Module) -> None:
+        nonlocal passes
         report("supernet", step + 1, steps)
         watch(step)
-        chosen = bandit.draw(draw_size(len(sites), step / steps), generator, count=1)[0]
-        placement = placements[int(torch.randint(len(placements), (1,), generator=generator))]
-        supernet.set_skips((sites[i].index for i in chosen), placement)
+        arms = bandit if settings.draws == "bandit" else uniform
+        chosen = arms.draw(draw_size(len(sites), step / steps), generator, count=1)[0]
+        if sandwich and k is None and passes % 3 < 2:
+            chosen = tuple(range(len(sites))) if passes % 3 else ()
+        passes += 1
+        supernet.set_skips(
+            (sites[i].index for i in chosen), pick(placements), pick(dims) if settings.nested and dims else None
+        )
 
-    fine_tune(supernet.model, bench.splits["train"], settings.training, bench.settings.seed, before_step=before_step)
+    def pick(choices: Sequence[Choice]) -> Choice:
+        return choices[int(torch.randint(len(choices), (1,), generator=generator))]
+
+    fine_tune(
+        supernet.model,
+        bench.splits["train"],
+        training,
+        bench.settings.seed,
+        before_step=before_step,
+        teacher=supernet.intact_logits,
+    )
     watch(steps)
     supernet.set_skips(())
     return bandit.scores.tolist()
@@ -81,4 +104,5 @@ def one_shot_scores(bench: Workbench, supernet: Supernet) -> dict[str, list[floa
     settings = bench.settings.supernet
     split = bench.splits["validation"].subset(settings.bandit_batch)
     batches = list(split.batches(min(settings.training.batch_size, settings.bandit_batch)))
-    return {name: metric(supernet, batches) for name, metric in ONE_SHOT_METHODS.items()}
+    with reusing(supernet.model):
+        return {name: metric(supernet, batches) for name, metric in ONE_SHOT_METHODS.items()}

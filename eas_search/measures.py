@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from scipy.stats import binomtest, t
@@ -35,28 +36,34 @@ def accuracy_interval(scores: Tensor, confidence: float = 0.95) -> tuple[float, 
 @torch.no_grad()
 def kv_bytes_per_token(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """Bytes that the KV cache holds per token and sample after a prefill of `inputs`, measured; 0 without a cache."""
-    output = model(**inputs, **dict.fromkeys(without_cache(model), True))
-    cache = getattr(output, "past_key_values", None)
-    if cache is None:
-        return 0
-    held = sum(
-        tensor.nbytes
-        for layer in cache.layers
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
-        if tensor is not None
-    )
-    tokens = inputs["input_ids"].numel() if "input_ids" in inputs else 1
-    return round(held / tokens)
+    return per_token(sum(kv_bytes_by_slot(prefill(model, inputs))), inputs)
 
 
 @torch.no_grad()
 def prefill_flops(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """Floating-point operations of one prefill of `inputs`, as counted by torch (matrix products and attention)."""
     with FlopCounterMode(display=False) as counter:
-        model(**inputs, **without_cache(model))
+        prefill(model, inputs)
     return int(counter.get_total_flops())
 
 
 def parameter_count(model: nn.Module) -> int:
     """Parameters, tied ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def prefill(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
+    """The model's output for `inputs`, with a KV cache where it has one."""
+    return model(**inputs, **dict.fromkeys(without_cache(model), True))
+
+
+def kv_bytes_by_slot(output: Any) -> list[int]:
+    """Bytes in every slot of the KV cache that a prefill returned; empty without a cache."""
+    cache = getattr(output, "past_key_values", None)
+    pairs = ((getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in getattr(cache, "layers", ()))
+    return [sum(tensor.nbytes for tensor in pair if tensor is not None) for pair in pairs]
+
+
+def per_token(held: int, inputs: Mapping[str, Tensor]) -> int:
+    """`held` bytes, per token of `inputs`."""
+    return round(held / (inputs["input_ids"].numel() if "input_ids" in inputs else 1))

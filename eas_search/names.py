@@ -11,3 +11,8 @@ SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 OneShot = Literal["leave_one_out", "kl", "similarity", "block_influence", "taylor", "last_k", "random"]
 ONE_SHOT: tuple[OneShot, ...] = get_args(OneShot)
 Ranking = Literal["bandit", OneShot]
+
+# What a search optimises: accuracy is maximised, every cost is minimised.
+Objective = Literal["accuracy", "latency", "kv_bytes", "parameters", "flops"]
+COSTS: tuple[Objective, ...] = get_args(Objective)[1:]
+LatencySource = Literal["predicted", "measured"]

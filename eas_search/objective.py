@@ -1,11 +1,13 @@
 """One trial: a skip configuration → (accuracy, latency) and what is recorded with them.
 
-`evaluate` is a pure function of (workbench, supernet, configuration): the seed of its fine-tuning comes from the
+`evaluate` is a pure function of (workbench, supernet, configuration, rival): the seed of its fine-tuning comes from the
 study's seed and the configuration, so the same configuration gives the same accuracy in whatever order and process.
+Only whether it is stopped early depends on the trials before it.
 """
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections.abc import Sequence
@@ -16,8 +18,10 @@ import torch
 from torch import nn
 
 from eas_search.latency import measure_latency
-from eas_search.measures import kv_bytes_per_token, parameter_count, prefill_flops
+from eas_search.measures import parameter_count
 from eas_search.merging import merge
+from eas_search.names import Objective
+from eas_search.rungs import Rival, rung_ends, score_in_rungs
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import apply_skips
 from eas_search.supernet import Supernet
@@ -31,7 +35,7 @@ class TrialResult:
 
     Attributes:
         accuracy: mean score of the validation samples by the task's metric, 0 to 1.
-        latency: prefill time of the merged model relative to the original model in the same run.
+        latency: prefill time of the merged model relative to the original model, predicted or from the same run.
         latency_low, latency_high: 95 % interval of that ratio.
         redundancy: mean redundancy score of the skipped sites (0 when nothing is skipped).
         kv_bytes: KV-cache bytes per token and sample, measured.
@@ -39,6 +43,9 @@ class TrialResult:
         flops: of one prefill of the timed batch.
         seconds: wall-clock of the trial.
         device: where it ran.
+        scores: of the validation samples, packed; empty when the trial was stopped.
+        stopped_at: validation samples scored when the trial was stopped, see `rungs`: then the accuracy is an estimate,
+            and the latency that of similar trials unless it is predicted. None for all others.
     """
 
     accuracy: float
@@ -51,10 +58,16 @@ class TrialResult:
     flops: int
     seconds: float
     device: str
+    scores: str = ""
+    stopped_at: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         return asdict(self)
+
+    def values(self, objectives: Sequence[Objective]) -> list[float]:
+        """The values of these objectives, as a study is told them."""
+        return [float(getattr(self, name)) for name in objectives]
 
 
 def trial_seed(seed: int, config: SkipConfig) -> int:
@@ -64,9 +77,14 @@ def trial_seed(seed: int, config: SkipConfig) -> int:
 
 def make_student(bench: Workbench, supernet: Supernet, config: SkipConfig, training: FineTuneConfig) -> nn.Module:
     """The fine-tuned student of a configuration: inherits from the supernet, then trains its own adapters."""
-    student = apply_skips(bench.model, config)
-    supernet.inherit(student)
-    fine_tune(student, bench.splits["train"], training, trial_seed(bench.settings.seed, config), guard=bench.guard)
+    student, train, settings = apply_skips(bench.model, config), bench.splits["train"], bench.settings.supernet
+    if settings.refit and settings.training.steps == 0 and config.skip and config.pia_dim:
+        with bench.guard(), supernet.refitted(config, list(train.subset(settings.refit).batches(64))):
+            supernet.inherit(student)
+    else:
+        supernet.inherit(student)
+    seed, teacher = trial_seed(bench.settings.seed, config), supernet.intact_logits
+    fine_tune(student, train, training, seed, guard=bench.guard, teacher=teacher)
     return student.eval()
 
 
@@ -76,28 +94,51 @@ def mean_redundancy(bench: Workbench, scores: Sequence[float], config: SkipConfi
     return sum(skipped) / len(skipped) if skipped else 0.0
 
 
-def evaluate(bench: Workbench, supernet: Supernet, scores: Sequence[float], config: SkipConfig) -> TrialResult:
+def trial_latency(bench: Workbench, merged: nn.Module, config: SkipConfig) -> tuple[float, float, float]:
+    """(ratio, low, high) of the merged model's prefill time, predicted or measured as the settings say."""
+    if bench.settings.latency == "predicted":
+        return bench.predicted_latency(config)
+    with bench.quiet.exclusive():
+        report = measure_latency(
+            merged, bench.latency_inputs(), baseline=bench.model, config=bench.settings.trial_latency
+        )
+    ratio = report.prefill.ratio
+    return ratio.estimate, ratio.low, ratio.high
+
+
+def evaluate(
+    bench: Workbench, supernet: Supernet, scores: Sequence[float], config: SkipConfig, rival: Rival | None = None
+) -> TrialResult:
     """Inherit → fine-tune → validation accuracy → merge → latency against the original model.
+
+    A `rival` that wins on a part of the samples spares the others and the timing.
 
     Raises:
         EasSearchError: the configuration does not fit the model.
     """
     begin = time.perf_counter()
     student = make_student(bench, supernet, config, bench.settings.trial)
-    scores_of_samples = sample_scores(student, bench.splits["validation"], guard=bench.guard)
+    split = bench.splits["validation"]
+    scored = score_in_rungs(
+        lambda start, end: sample_scores(student, split.part(start, end), guard=bench.guard),
+        rung_ends(len(split), bench.settings.rungs),
+        rival,
+    )
     merged, inputs = merge(student).eval(), bench.latency_inputs()
-    with bench.quiet.exclusive():
-        report = measure_latency(merged, inputs, baseline=bench.model, config=bench.settings.trial_latency)
-    ratio = report.prefill.ratio
+    if rival is not None and scored.stopped_at is not None and bench.settings.latency == "measured":
+        latency, latency_low, latency_high = rival.latency, math.nan, math.nan
+    else:
+        latency, latency_low, latency_high = trial_latency(bench, merged, config)
     return TrialResult(
-        accuracy=scores_of_samples.double().mean().item(),
-        latency=ratio.estimate,
-        latency_low=ratio.low,
-        latency_high=ratio.high,
+        accuracy=scored.accuracy,
+        scores=scored.scores,
+        stopped_at=scored.stopped_at,
+        latency=latency,
+        latency_low=latency_low,
+        latency_high=latency_high,
         redundancy=mean_redundancy(bench, scores, config),
-        kv_bytes=kv_bytes_per_token(merged, inputs),
         parameters=parameter_count(merged),
-        flops=prefill_flops(merged, inputs),
+        **bench.costs.prefill(merged, inputs),
         seconds=time.perf_counter() - begin,
         device=str(next(merged.parameters()).device),
     )

@@ -53,7 +53,11 @@ class Pia(nn.Module):
 
     Arguments of the mean and of the router are pooled by a `PoolSession`, which knows which tokens may enter. The
     static router holds two logits; the routed one reads the pooled x̂, E · mean(x̂) + e.
+
+    `active` is the rank in use, None for all of it: the leading units of each group, as `copy_slice` takes them.
     """
+
+    active: int | None = None
 
     def __init__(self, shape: PiaShape) -> None:
         super().__init__()
@@ -101,11 +105,18 @@ class Pia(nn.Module):
         if self.pool is not None and session.mode != "none":
             z = z + session.mean(f"{key}.pool", seen, self.pool.weight) + self.pool.bias
         z = self.shape.mix * z
+        if self.active is not None:
+            z = z * _leading(self.shape, self.active).to(z)
         if self.router_weight is None:
             return F.linear(z, *self.static_up())
         w = self.shape.scale * self.expert_weights(seen, session, key)
         first, second = (F.linear(z, up.dense(), up.bias) for up in self.experts())
         return w[..., :1] * first + w[..., 1:] * second
+
+
+def _leading(shape: PiaShape, rank: int) -> Tensor:
+    """Which bottleneck units are the first `rank / groups` of their group, [shape.rank] bool."""
+    return torch.arange(shape.rank) % (shape.rank // shape.groups) < rank // shape.groups
 
 
 def copy_slice(source: Pia, target: Pia) -> None:
@@ -117,7 +128,7 @@ def copy_slice(source: Pia, target: Pia) -> None:
     assert (big.width, big.groups, big.router) == (small.width, small.groups, small.router)
     assert small.rank <= big.rank, f"rank {small.rank} is not a slice of rank {big.rank}"
     per_group = small.rank // small.groups
-    kept = torch.cat([torch.arange(per_group) + group * (big.rank // big.groups) for group in range(big.groups)])
+    kept = _leading(big, small.rank).nonzero().flatten()
     with torch.no_grad():
         for name in ("down", "pool"):
             wide, narrow = getattr(source, name), getattr(target, name)

@@ -62,6 +62,16 @@ def run_command(  # noqa: PLR0913, PLR0917  (one parameter per flag is how typer
     fine_tune_steps: Annotated[
         int | None, typer.Option(help="Steps of every fine-tune; 0: no training, closed-form starts only.")
     ] = None,
+    objectives: Annotated[
+        str | None,
+        typer.Option(help="accuracy, then latency, kv_bytes, parameters, flops [default: accuracy,latency]."),
+    ] = None,
+    latency: Annotated[
+        str | None, typer.Option(help="Of trials: predicted or measured; finalists are measured [default: predicted].")
+    ] = None,
+    towers: Annotated[
+        str | None, typer.Option(help="Whose attentions may go, e.g. text,vision [default: the text's].")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps or auto [default: auto].")] = None,
     dtype: Annotated[str | None, typer.Option(help="Precision of the frozen model [default: float32].")] = None,
     device_map: Annotated[
@@ -102,6 +112,7 @@ def run_command(  # noqa: PLR0913, PLR0917  (one parameter per flag is how typer
             "seed",
             "jobs",
             "sampler",
+            "latency",
             "device",
             "dtype",
             "device_map",
@@ -112,6 +123,10 @@ def run_command(  # noqa: PLR0913, PLR0917  (one parameter per flag is how typer
         )
         if values[name] is not None
     }
+    if objectives is not None:
+        given["objectives"] = names(objectives)
+    if towers is not None:
+        given["space"] = {"towers": names(towers)}
     title = f"[bold]eas_search {__version__}[/bold]  which attentions can this model do without?"
     console.print(title)
     given |= {TRUST: trust_remote_code, PLUGINS: tuple(plugin or ()), STEPS: fine_tune_steps}
@@ -119,6 +134,11 @@ def run_command(  # noqa: PLR0913, PLR0917  (one parameter per flag is how typer
         _show_batch(given, config)
     else:
         _search(given, config, output, study_name, storage)
+
+
+def names(text: str) -> list[str]:
+    """Names separated by commas."""
+    return [name.strip() for name in text.split(",")]
 
 
 def _show_batch(given: dict[str, Any], config: Path | None) -> None:
@@ -211,6 +231,7 @@ def this_command() -> str:
 
 def show_result(result: SearchResult) -> None:
     """The closing table: the front, fastest first, and where everything is."""
+    from eas_search.report.headline import headline
     from eas_search.report.labels import runs
 
     baseline = result.baseline
@@ -220,7 +241,9 @@ def show_result(result: SearchResult) -> None:
     perplexity = "perplexity" in baseline.breakdown
     # A long name of the metric would take the place of a figure; the title has it.
     score = ("accuracy" if "match" in metric else metric if len(metric) <= 8 else "score", *["perplexity"] * perplexity)
-    right = (*score, "prefill", "95 %", "decode", "KV")
+    # Costs that the table has only where they are objectives, as shares of the original model's.
+    extra = [name for name in ("parameters", "flops") if name in result.summary["objectives"]]
+    right = (*score, "prefill", "95 %", "decode", "KV", *extra)
     for heading in ("", "trial", "skipped", "PIA", *right):
         # Only the skip set may take several lines: everything else fits a terminal of 80 columns beside it.
         wraps = heading == "skipped"
@@ -234,11 +257,13 @@ def show_result(result: SearchResult) -> None:
         "",
         "1.00×" if decode else "",
         "100 %" if kv else "",
+        *["100 %"] * len(extra),
     )
     table.add_row("", "baseline", "none", "", *reference)
-    for row in result.front[result.front["on_front"]].to_dict("records"):
+    shown = result.front[(result.front["front"] != "dominated") | result.front["chosen"]]
+    for row in shown.to_dict("records"):
         table.add_row(
-            "★" if row["chosen"] else "",
+            ("★" if row["chosen"] else "") + ("" if row["on_front"] else "≈" if row["front"] == "undecided" else "↓"),
             str(row["number"]),
             f"{len(row['skip'])}: {' '.join(runs(row['skip']))}",
             f"{row['placement']} {row['pia_dim']}" if row["skip"] else "",
@@ -248,8 +273,15 @@ def show_result(result: SearchResult) -> None:
             f"{1 / row['latency_high']:.2f}–{1 / row['latency_low']:.2f}",
             f"{1 / row['decode_latency']:.2f}×" if decode and row["decode_latency"] else "",
             f"{100 * row['kv_bytes'] / kv:.0f} %" if kv else "",
+            *[f"{100 * row[name] / getattr(baseline, name):.0f} %" for name in extra],
         )
     console.print(table)
+    verdict = headline(result.front, {"accuracy": baseline.accuracy}, result.summary["sites"], result.summary)
+    console.print(verdict.replace("\u00a0", " "))
+    marks = {"undecided": "≈ another point is better, by no more than noise explains", "dominated": "↓ off the front"}
+    for kind in shown["front"].unique():
+        if kind in marks:
+            console.print(f"{marks[kind]}.")
     folder = result.folder
     seconds = sum(result.summary["wall_clock"].values())
     console.print(f"{result.completed} trials in {seconds:.0f} s.  ★ is exported: {folder / 'export'}")

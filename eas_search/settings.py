@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
@@ -16,13 +16,13 @@ from eas_search.bandit import VARIANTS, BanditConfig
 from eas_search.exceptions import ConfigError
 from eas_search.latency import LatencyConfig
 from eas_search.models.options import LoadOptions, LoadSettings
-from eas_search.names import Ranking, Sampler
+from eas_search.names import COSTS, LatencySource, Objective, Ranking, Sampler
 from eas_search.plugins import settled
 from eas_search.skip_config import Placement, Pooling, SkipConfig, Tower, one_line
 from eas_search.training import FineTuneConfig
 
 # Settings that a run may change when it resumes a study.
-MAY_CHANGE = ("budget", "jobs", "time_limit", "prefer")
+MAY_CHANGE = ("budget", "jobs", "time_limit", "prefer", "caches")
 FINE_TUNES = ("baseline", "trial", "final")
 
 
@@ -75,19 +75,48 @@ class StudentWishes(SkipConfig):
 
 
 class SampleSettings(_Group):
-    """How many samples of each split are used. None means all of them."""
+    """How many samples of each split are used. None means all of them.
+
+    Attributes:
+        train: fine-tuning.
+        validation: what the search looks at: trials, redundancy.
+        selection: what decides between the trials that the search found good, and which finalist is exported; the part
+            of the task's validation split behind the search's own, which is divided where it is too small for both.
+        test: held out: reported, never used for a choice.
+        calibration: of the training samples, for closed-form starts.
+    """
 
     train: int | None = Field(default=4000, ge=1)
     validation: int | None = Field(default=400, ge=1)
+    selection: int | None = Field(default=400, ge=1)
     test: int | None = Field(default=1000, ge=1)
     calibration: int = Field(default=512, ge=1)
 
 
+class CacheSettings(_Group):
+    """What every worker process may keep in memory instead of computing it again, in bytes; 0 keeps nothing.
+
+    Attributes:
+        features: image features, where no student changes the vision side.
+        prefixes: residual streams behind layers that recur, where samples are scored.
+    """
+
+    features: int = Field(default=2**30, ge=0)
+    prefixes: int = Field(default=2**30, ge=0)
+
+
 class SupernetSettings(_Group):
-    """Joint training of all PIAs under random skip sets, with the EAS bandit watching.
+    """Joint training of all PIAs under changing skip sets, with the EAS bandit watching.
 
     Attributes:
         training: steps and rates of the joint training.
+        draws: the skip set of each forward pass: `bandit` (of any size, at random in the warm-up and by the bandit's
+            policy behind it, as published), `random` (of any size), or `sandwich` (a third of each step's samples with
+            nothing skipped, a third with all, a third at random).
+        nested: whether each forward pass uses a random one of the ranks to choose from, so that every slice is
+            trained; else always the largest.
+        refit: calibration samples with which the PIAs of a student are fitted again, site after site, when the
+            supernet is not trained (0 steps); 0: they stay as they were fitted on the intact model.
         bandit: rules of the bandit: `lavin`, `meter`, `llava`, or a mapping, see `BanditConfig`.
         bandit_updates: updates of the redundancy scores, spread evenly over the training behind the warm-up; None: one
             every `bandit.every` steps, as published.
@@ -95,6 +124,9 @@ class SupernetSettings(_Group):
     """
 
     training: FineTuneConfig = FineTuneConfig(steps=80, learning_rate=2e-3)
+    draws: Literal["bandit", "random", "sandwich"] = "bandit"
+    nested: bool = False
+    refit: int = Field(default=0, ge=0)
     bandit: BanditConfig = VARIANTS["lavin"]
     bandit_updates: int | None = Field(default=40, ge=1)
     bandit_batch: int = Field(default=64, ge=1)
@@ -119,14 +151,22 @@ class SearchSettings(LoadSettings):
         seed: decides samples, proposals and fine-tuning.
         jobs: worker processes.
         sampler: how skip configurations are proposed.
-        ranking: the redundancy metric whose prefixes are the first trials and from which `eas` takes its prior.
+        ranking: the redundancy metric whose prefixes are the first trials; `eas` goes on with those of the others.
         fixed_k: how many sites every configuration skips, as in the paper's protocol; None: any number.
         time_limit: seconds after which no further trial starts.
-        prefer: how `best.json` is chosen: `knee`, or `accuracy=F` for the fastest with at least F × the baseline's.
+        objectives: what is optimised: accuracy, then one or more of latency, kv_bytes, parameters and flops.
+        prefer: how `best.json` is chosen: `knee`, or `accuracy=F` for the fastest with at least F × the baseline's; by
+            the first cost among the objectives.
         student: what all students have in common (adapter_dim, router, pooling, …); its skip set stays empty.
         baseline, trial, final: fine-tuning of the adapter-only baseline, of a trial, and of the finalists.
+        candidates: how many trials race on the selection samples for the finalists' places.
+        rungs: parts of the validation samples after which a trial is stopped that has surely lost; empty: never.
         finalists: how many trials of the front are re-trained and re-measured.
         latency_batch: prompts per timed batch.
+        latency: of a trial: `predicted` from a few measured configurations, or `measured` in every trial. Finalists are
+            always measured.
+        fit_latency: how thoroughly what the prediction is fitted to is measured.
+        fit_passes: how often at most, on a machine on which one pass leaves the prediction unsure.
         trial_latency, final_latency: how thoroughly latency is measured.
     """
 
@@ -141,16 +181,23 @@ class SearchSettings(LoadSettings):
     ranking: Ranking = "bandit"
     fixed_k: int | None = Field(default=None, ge=1)
     time_limit: float | None = Field(default=None, gt=0)
+    objectives: tuple[Objective, ...] = ("accuracy", "latency")
     prefer: str = "knee"
     space: SpaceWishes = SpaceWishes()
     samples: SampleSettings = SampleSettings()
+    caches: CacheSettings = CacheSettings()
     student: StudentWishes = StudentWishes(adapter_dim=8)
     baseline: FineTuneConfig = FineTuneConfig(steps=120, learning_rate=1e-2)
     supernet: SupernetSettings = SupernetSettings()
     trial: FineTuneConfig = FineTuneConfig(steps=8, learning_rate=3e-3)
     final: FineTuneConfig = FineTuneConfig(steps=60, learning_rate=5e-3)
-    finalists: int = Field(default=12, ge=1)
+    candidates: int = Field(default=18, ge=1)
+    rungs: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.25, 0.5)
+    finalists: int = Field(default=9, ge=1)
     latency_batch: int = Field(default=8, ge=1)
+    latency: LatencySource = "predicted"
+    fit_passes: int = Field(default=4, ge=1)
+    fit_latency: LatencyConfig = LatencyConfig.fast(rounds=5, blocks=1, warmup=0, time_limit_s=20.0)
     trial_latency: LatencyConfig = LatencyConfig.fast()
     final_latency: LatencyConfig = LatencyConfig()
     _trust_remote_code: bool = PrivateAttr(default=False)
@@ -169,6 +216,13 @@ class SearchSettings(LoadSettings):
                 f"{self.student.groups}"
             )
         _refuse_idle_bandit(self.supernet)
+
+    @field_validator("objectives")
+    @classmethod
+    def _accuracy_and_costs(cls, names: tuple[Objective, ...]) -> tuple[Objective, ...]:
+        if len(names) < 2 or names[0] != "accuracy" or len(set(names)) < len(names):
+            raise ValueError(f"expected accuracy first, then at least one of {', '.join(COSTS)}, each once")
+        return names
 
     @field_validator("prefer")
     @classmethod
@@ -220,7 +274,11 @@ class SearchSettings(LoadSettings):
             raise ConfigError(
                 f"study file {str(path)!r} holds a {type(content).__name__}; expected 'name: value' lines"
             )
-        return cls(**{**{str(key): value for key, value in (content or {}).items()}, **overrides})
+        values = {str(key): value for key, value in (content or {}).items()}
+        for name, given in overrides.items():
+            both = isinstance(given, dict) and isinstance(values.get(name), dict)
+            values[name] = {**values[name], **given} if both else given
+        return cls(**values)
 
     @property
     def loading(self) -> LoadOptions:

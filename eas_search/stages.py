@@ -17,7 +17,7 @@ from torch import nn
 from eas_search.exceptions import StorageError
 from eas_search.joint_training import Report, one_shot_scores, train_jointly
 from eas_search.latency import measure_latency
-from eas_search.measures import accuracy_interval, kv_bytes_per_token, parameter_count
+from eas_search.measures import accuracy_interval, kv_bytes_per_token, parameter_count, prefill_flops
 from eas_search.skipping import adapter_parameters, apply_skips, load_adapters
 from eas_search.supernet import Supernet
 from eas_search.training import fine_tune, sample_scores, seeded
@@ -31,19 +31,22 @@ class Baseline:
 
     `accuracy` is that of adapters trained for as many steps as a finalist's: a finalist has been through the baseline's
     fine-tune, the supernet's and its own. Accuracies are mean scores by the task's metric; they are held-out (test), as
-    are the breakdowns, which hold further figures by name. Times are those of the timed batch in seconds.
+    are the breakdowns, which hold further figures by name, but for the one on the selection samples. Times are those of
+    the timed batch in seconds, FLOPs those of its prefill.
     """
 
     zero_shot_accuracy: float
     accuracy: float
     accuracy_low: float
     accuracy_high: float
-    validation_accuracy: float
+    selection_accuracy: float
     prefill_s: float
     decode_s: float | None
     kv_bytes: int
     parameters: int
+    flops: int
     seconds: float
+    latency: float = 1.0  # the unit of latency ratios
     zero_shot_breakdown: dict[str, float] = field(default_factory=dict)
     breakdown: dict[str, float] = field(default_factory=dict)
 
@@ -92,6 +95,11 @@ def baseline_stage(bench: Workbench, folder: StageFolder, report: Report) -> tup
         student = apply_skips(bench.model, bench.space.student)
     kept = folder.read("baseline")
     if kept is not None:
+        if kept[0].keys() != Baseline.__dataclass_fields__.keys():
+            raise StorageError(
+                f"stage 'baseline' in {str(folder.folder)!r} is of another version of eas_search; expected this one: "
+                "use that version, or search again into another --output"
+            )
         load_adapters(student, kept[1])
         return Baseline(**kept[0]), student
     begin, settings, train = time.perf_counter(), bench.settings, bench.splits["train"]
@@ -106,7 +114,7 @@ def baseline_stage(bench: Workbench, folder: StageFolder, report: Report) -> tup
     equal = settings.final.model_copy(update={"steps": rest})
     fine_tune(student, train, equal, settings.seed + 1, lambda step, model: advance(first.steps + step, model))
     test = sample_scores(student, bench.splits["test"])
-    validation = sample_scores(student, bench.splits["validation"])
+    selection = sample_scores(student, bench.splits["selection"])
     load_adapters(student, start)
     inputs = bench.latency_inputs()
     timing = measure_latency(bench.model, inputs, baseline=bench.model, config=bench.settings.final_latency)
@@ -117,17 +125,31 @@ def baseline_stage(bench: Workbench, folder: StageFolder, report: Report) -> tup
         accuracy=accuracy,
         accuracy_low=low,
         accuracy_high=high,
-        validation_accuracy=validation.double().mean().item(),
+        selection_accuracy=selection.double().mean().item(),
         prefill_s=timing.prefill.baseline.median,
         decode_s=None if timing.decode is None else timing.decode.baseline.median,
         kv_bytes=kv_bytes_per_token(bench.model, inputs),
         parameters=parameter_count(bench.model),
+        flops=prefill_flops(bench.model, inputs),
         seconds=time.perf_counter() - begin,
         zero_shot_breakdown=held_out.scoring.report(held_out, zero_shot),
         breakdown=held_out.scoring.report(held_out, test),
     )
+    folder.write("baseline-scores", {}, {"held_out": test})
     folder.write("baseline", asdict(baseline), dict(adapter_parameters(student)))
     return baseline, student
+
+
+def baseline_scores(folder: StageFolder) -> torch.Tensor:
+    """Held-out scores of the baseline, [N], in the order of the test split.
+
+    Raises:
+        StorageError: the baseline stage is not over, or its files are damaged.
+    """
+    kept = folder.read("baseline-scores")
+    if kept is None:
+        raise StorageError(f"{str(folder.folder)!r} has no scores of the baseline; expected them: run the search again")
+    return kept[1]["held_out"]
 
 
 def empty_supernet(bench: Workbench) -> Supernet:

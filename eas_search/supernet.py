@@ -5,9 +5,12 @@ Students inherit from it: smaller ranks are slices, kept sites take the light ad
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from eas_search.architectures import AttentionSite
@@ -15,12 +18,16 @@ from eas_search.blocks import SupernetBlock
 from eas_search.exceptions import ConfigError
 from eas_search.head import copy_head
 from eas_search.lora import copy_lora
+from eas_search.models.calling import without_cache
 from eas_search.parts import AdaptedAttention
 from eas_search.pia import Pia, copy_slice
 from eas_search.skip_config import Placement, SkipConfig
 from eas_search.skipping import adapter_parameters, apply_switches, load_adapters
 from eas_search.stand_ins import SupernetStandIn
-from eas_search.warm_start import SiteMoments, write_closed_form
+from eas_search.training import on_device
+from eas_search.warm_start import SiteMoments, calibrate, write_closed_form
+
+LATER = {"text": 1, "fusion": 2}  # towers that read what others give
 
 
 class Supernet:
@@ -54,13 +61,33 @@ class Supernet:
         assert isinstance(host, SupernetBlock | SupernetStandIn)
         return host
 
-    def set_skips(self, skip: Iterable[int], placement: Placement | None = None) -> None:
-        """Skip exactly the sites with these indexes, with the adapters of `placement` (None: of `self.placement`)."""
-        chosen = set(skip)
-        config = self.config.model_copy(update={"placement": placement or self.placement})
+    def set_skips(self, skip: Iterable[int], placement: Placement | None = None, pia_dim: int | None = None) -> None:
+        """Skip exactly the sites with these indexes.
+
+        Args:
+            skip: indexes of sites.
+            placement: whose adapters stand in; None: those of `self.placement`.
+            pia_dim: their rank, of which they use the leading units; None: all of it. 0 is plain deletion.
+        """
+        chosen, rank = set(skip), self.config.pia_dim if pia_dim is None else pia_dim
+        config = self.config.model_copy(update={"placement": placement or self.placement, "pia_dim": rank})
         for site in self.sites:
             host = self.host(site)
             host.skipping, host.eas_config = site.index in chosen, config
+            for pia in self.pias(site).values():
+                pia.active = None if rank == pia.shape.rank else rank
+
+    @torch.no_grad()
+    def intact_logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """Logits of the model that skips nothing, in eval mode; leaves it so that nothing is skipped."""
+        training, model = self.model.training, self.model
+        self.set_skips(())
+        model.eval()
+        logits = getattr(model(**on_device(batch, model), **without_cache(model)), "logits", None)
+        model.train(training)
+        if not isinstance(logits, Tensor):
+            raise ConfigError("distill is set, but the model's output has no logits; expected distill: 0 for this task")
+        return logits
 
     def pias(self, site: AttentionSite) -> dict[str, Pia]:
         """The PIAs of a site by target: `ffn`, `stream`."""
@@ -75,6 +102,32 @@ class Supernet:
             for target, pia in self.pias(site).items():
                 explained[f"{site.name}:{target}"] = write_closed_form(pia, moments[site.name], target)
         return explained
+
+    @contextmanager
+    def refitted(self, config: SkipConfig, batches: Sequence[dict[str, Tensor]]) -> Iterator[None]:
+        """Closed-form PIAs for one skip set, fitted site after site with the earlier ones already replaced.
+
+        The joint start fits every site on the activations of the intact model, but in a student they have been through
+        the stand-ins of the sites before. At the end the supernet has its own PIAs back.
+
+        Args:
+            config: skip set, placement and rank of the student that is to inherit.
+            batches: calibration batches, as in training.
+        """
+        # In the order of the computation: the sites of the text tower come first, but it reads the others' output.
+        chosen = sorted((s for s in self.sites if s.index in config.skip), key=lambda s: LATER.get(s.tower, 0))
+        kept = [(pia, deepcopy(pia.state_dict())) for site in chosen for pia in self.pias(site).values()]
+        try:
+            for position, site in enumerate(chosen):
+                self.set_skips((earlier.index for earlier in chosen[:position]), config.placement, config.pia_dim)
+                moments = calibrate(self.model, [site], batches, config.identity)
+                for target, pia in self.pias(site).items():
+                    write_closed_form(pia, moments[site.name], target)
+            yield
+        finally:
+            for pia, state in kept:
+                pia.load_state_dict(state)
+            self.set_skips(())
 
     def adapters(self) -> dict[str, Tensor]:
         """All trainable tensors by name, for safetensors."""

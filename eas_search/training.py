@@ -10,10 +10,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from eas_search.distillation import distilled_loss
 from eas_search.exceptions import ConfigError
 from eas_search.models.calling import without_cache
+from eas_search.reuse import reusing
 
 Guard = Callable[[], AbstractContextManager[object]]
+Teacher = Callable[[dict[str, Tensor]], Tensor]
 # Per forward pass when samples are scored; the logits, 1 GiB in float32, are the largest tensor of a search.
 SCORED_TOKENS, SCORED_LOGITS = 2**14, 2**28
 
@@ -24,18 +27,25 @@ class FineTuneConfig(BaseModel):
     Attributes:
         steps: optimizer steps; 0 leaves the model as it is.
         batch_size: samples per step.
+        passes: forward passes that share a step's samples; their gradients are averaged.
         learning_rate: peak learning rate.
         weight_decay: AdamW's.
         clip: largest norm of the gradient.
+        distill: share of the loss that is KL(intact ‖ student), where there is an intact model to learn from; the
+            rest is the task's loss.
+        temperature: softens both predictions in that KL.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: int = Field(default=100, ge=0)
     batch_size: int = Field(default=32, ge=1)
+    passes: int = Field(default=1, ge=1)
     learning_rate: float = Field(default=5e-3, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, gt=0)
+    distill: float = Field(default=0.0, ge=0, le=1)
+    temperature: float = Field(default=1.0, gt=0)
 
     def rate_at(self, step: int) -> float:
         """Learning rate of a step (from 0), as a fraction of the peak."""
@@ -65,13 +75,15 @@ def on_device(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def fine_tune(
+def fine_tune(  # noqa: PLR0913  (what a caller may want to see or change of a step)
     model: nn.Module,
     split: Any,
     config: FineTuneConfig,
     seed: int,
     before_step: Callable[[int, nn.Module], None] | None = None,
     guard: Guard = nullcontext,
+    *,
+    teacher: Teacher | None = None,
 ) -> list[float]:
     """Train the parameters of `model` that require gradients.
 
@@ -80,33 +92,48 @@ def fine_tune(
         split: an encoded training split.
         config: steps, batch size, learning rate.
         seed: decides the order of the samples; torch's global random state is not used by it.
-        before_step: called with (step, model) before each step, e.g. to draw a skip set.
+        before_step: called with (step, model) before each forward pass, e.g. to draw a skip set.
         guard: entered around every step, e.g. a lock shared with timing processes.
+        teacher: the intact model's logits for a batch, wanted where `config.distill` is set. It may be the same module
+            tree: it is asked before `before_step`.
 
     Returns:
         The loss of every step.
+
+    Raises:
+        ConfigError: no samples, or nothing to distil from.
     """
+    if config.distill and teacher is None:
+        raise ConfigError(f"distill is {config.distill:g} where nothing is skipped; expected 0: no model to learn from")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     losses: list[float] = []
     if not parameters or config.steps == 0:
         return losses
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, config.rate_at)
-    batches = iter(endless(split, config.batch_size, torch.Generator().manual_seed(seed)))
+    batches = iter(endless(split, -(-config.batch_size // config.passes), torch.Generator().manual_seed(seed)))
     plain = without_cache(model)
     model.train()
     for step in range(config.steps):
-        with guard():
-            if before_step is not None:
-                before_step(step, model)
-            loss = model(**on_device(next(batches), model), **plain).loss
+        with guard(), reusing(model):
             optimizer.zero_grad(set_to_none=True)
-            if loss.requires_grad:  # a skip set may leave no adapter in use
-                loss.backward()
-                nn.utils.clip_grad_norm_(parameters, config.clip)
-                optimizer.step()
+            losses.append(0.0)
+            for _ in range(config.passes):
+                batch = on_device(next(batches), model)
+                intact = teacher(batch) if teacher is not None and config.distill else None
+                if before_step is not None:
+                    before_step(step, model)
+                output = model(**batch, **plain)
+                loss = output.loss / config.passes
+                if intact is not None:
+                    soft = distilled_loss(model, batch, output.logits, intact, config.temperature) / config.passes
+                    loss = (1 - config.distill) * loss + config.distill * soft
+                if loss.requires_grad:  # a skip set may leave no adapter in use
+                    loss.backward()
+                losses[-1] += loss.item()
+            nn.utils.clip_grad_norm_(parameters, config.clip)
+            optimizer.step()
             schedule.step()
-            losses.append(loss.item())
     model.eval()
     return losses
 
@@ -121,9 +148,10 @@ def sample_scores(model: nn.Module, split: Any, batch_size: int | None = None, g
     batch_size = batch_size or _scored_at_once(model, split.tokens)
     model.eval()
     scores = []
-    for inputs, extras in split.scored_batches(batch_size):
-        with guard():
-            scores.append(split.scoring.score(model, on_device(inputs, model), on_device(extras, model)).cpu())
+    with reusing(model, prefixes=True):
+        for inputs, extras in split.scored_batches(batch_size):
+            with guard():
+                scores.append(split.scoring.score(model, on_device(inputs, model), on_device(extras, model)).cpu())
     return torch.cat(scores)
 
 
@@ -140,6 +168,7 @@ def mean_loss(model: nn.Module, batch: dict[str, Tensor]) -> float:
     """Loss of one batch in eval mode; the model's mode is restored."""
     training = model.training
     model.eval()
-    loss = model(**on_device(batch, model), **without_cache(model)).loss.item()
+    with reusing(model):
+        loss = model(**on_device(batch, model), **without_cache(model)).loss.item()
     model.train(training)
     return loss

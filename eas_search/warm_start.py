@@ -22,6 +22,7 @@ from eas_search.models.calling import without_cache
 from eas_search.parts import original_class, other_stream
 from eas_search.pia import Pia
 from eas_search.pooling import PoolSession
+from eas_search.reuse import reusing
 from eas_search.skip_config import IdentityPath
 from eas_search.stand_ins import stand_in_input
 from eas_search.training import on_device
@@ -81,7 +82,7 @@ def calibrate(
         model.eval()
         for batch in batches:
             moved = on_device(batch, model)
-            with torch.set_grad_enabled("labels" in moved):
+            with torch.set_grad_enabled("labels" in moved), reusing(model):
                 output = model(**moved, **without_cache(model))
             gradients: Sequence[Tensor | None] = [None] * len(recorders)
             if "labels" in moved:

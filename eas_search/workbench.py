@@ -12,15 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from eas_search.architectures import AttentionSite, attention_sites, prove_sites
+from eas_search.cost_book import CostBook
 from eas_search.exceptions import ConfigError, UnsupportedModelError
 from eas_search.latency import QuietLock
+from eas_search.latency.predictor import LatencyPredictor, site_classes, terms_of
 from eas_search.models.loading import load_config, load_model, model_location
 from eas_search.models.options import LoadOptions
 from eas_search.proof import refuse_unsound
+from eas_search.reuse import Caches, attach_caches
 from eas_search.search_space import SearchSpace
 from eas_search.settings import SearchSettings, SpaceSettings
 from eas_search.skip_config import SkipConfig
-from eas_search.tasks import Split, Task, get_task
+from eas_search.skipping import apply_skips
+from eas_search.tasks import Task, get_task
+from eas_search.tasks.splits import divided
 from eas_search.training import on_device
 
 
@@ -34,9 +39,11 @@ class Workbench:
         model: the original model, frozen, in eval mode.
         processor: its tokenizer and image processor.
         space: the searchable attention sites and the choices at them.
-        splits: encoded samples by split name.
+        splits: encoded samples by role: train, validation (what the search sees), selection, test (held out).
         quiet: keeps other workers still while something is timed.
         refused: sites that were left out of the space because they cannot be deleted, and why.
+        predictor: of the latency of the timed batch, once `predictor_stage` has fitted it.
+        costs: FLOPs and KV bytes of the blocks that were measured before.
     """
 
     settings: SearchSettings
@@ -44,9 +51,11 @@ class Workbench:
     model: nn.Module
     processor: Any
     space: SearchSpace
-    splits: dict[Split, Any]
+    splits: dict[str, Any]
     quiet: QuietLock
     refused: dict[str, str] = field(default_factory=dict)
+    predictor: LatencyPredictor | None = None
+    costs: CostBook = field(default_factory=CostBook)
 
     @classmethod
     def open(cls, settings: SearchSettings, folder: Path | None = None) -> Workbench:
@@ -65,24 +74,38 @@ class Workbench:
         every = tuple(attention_sites(model))
         space = searched_space(settings, task, every)
         limits = settings.samples
-        wanted: dict[Split, int | None] = {
-            "train": limits.train,
-            "validation": limits.validation,
-            "test": limits.test,
+        wanted = (limits.validation, limits.selection)
+        both = None if None in wanted else sum(size or 0 for size in wanted)
+        search, selection, note = divided(task.examples("validation", both), *wanted)
+        task.notes += [note] if note else []
+        examples = {
+            "train": task.examples("train", limits.train),
+            "validation": search,
+            "selection": selection,
+            "test": task.examples("test", limits.test),
         }
-        splits = {name: task.encode(processor, task.examples(name, limit)) for name, limit in wanted.items()}
+        splits = {name: task.encode(processor, found) for name, found in examples.items()}
         lock = None if folder is None or settings.jobs == 1 else folder / "quiet.lock"
         probe = on_device(next(iter(splits["validation"].batches(4))), model)
         single = settings.dtype == "float32"
         prove_sites(model, space.sites, probe, tolerance=1e-5 if single else 5e-2)
         refused = refuse_unsound(model, space.sites, probe, tolerance=1e-4 if single else 5e-2)
         space = replace(space, sites=tuple(site for site in space.sites if site.name not in refused))
+        changed = [apply_skips(model, space.config(skip)) for skip in ((), [site.index for site in space.sites])]
+        limits_of_caches = (settings.caches.features, settings.caches.prefixes)
+        attach_caches(model, changed, every, probe, limits_of_caches, tolerance=1e-5 if single else 5e-2)
         return cls(settings, task, model, processor, space, splits, QuietLock(lock), refused)
 
     @property
     def sites(self) -> tuple[AttentionSite, ...]:
         """The searchable attention sites."""
         return self.space.sites
+
+    @property
+    def caches(self) -> Caches:
+        """What the model and its copies share."""
+        found: Any = self.model.eas_caches
+        return found
 
     @property
     def guard(self) -> Callable[[], AbstractContextManager[None]]:
@@ -93,6 +116,11 @@ class Workbench:
         """The batch of prompts on which latency is measured."""
         prompts = self.splits["validation"].prompts(self.settings.latency_batch)
         return on_device(prompts, self.model)
+
+    def predicted_latency(self, config: SkipConfig) -> tuple[float, float, float]:
+        """(ratio, low, high) of the merged model's prefill time to the original model's, not measured."""
+        assert self.predictor is not None, "predictor_stage comes before the first prediction"
+        return self.predictor.predict(terms_of(config, site_classes(self.model, self.sites)))
 
     @property
     def hardware(self) -> dict[str, Any]:

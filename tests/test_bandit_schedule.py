@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 from eas_search import joint_training
@@ -79,37 +78,70 @@ def test_a_schedule_without_an_update_is_refused() -> None:
         published.fine_tuned_for(0)
 
 
-@pytest.mark.parametrize("k", [1, 3])
-def test_a_fixed_number_of_sites_is_skipped_in_every_step_and_every_candidate(
-    k: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: dict[str, list[int]] = {"training": [], "candidates": []}
-    supernet: Any = SimpleNamespace(model=nn.Linear(1, 1), now=0, sites=[SimpleNamespace(index=i) for i in range(6)])
+def trained(monkeypatch: pytest.MonkeyPatch, k: int | None, **values: Any) -> tuple[dict[str, list[Any]], list[float]]:
+    """What a joint training of six sites sets in every forward pass, and the bandit's scores; no model is trained."""
+    seen: dict[str, list[Any]] = {"training": [], "dims": [], "candidates": []}
+    supernet: Any = SimpleNamespace(model=nn.Linear(1, 1), now=(), sites=[SimpleNamespace(index=i) for i in range(6)])
 
-    def set_skips(skip: Any, placement: str | None = None) -> None:
-        supernet.now = len(list(skip))
+    def set_skips(skip: Any, placement: str | None = None, pia_dim: int | None = None) -> None:
+        supernet.now, supernet.dim = tuple(skip), pia_dim
 
-    def train(model: nn.Module, split: Any, config: FineTuneConfig, seed: int, before_step: Any) -> None:
+    def train(model: nn.Module, split: Any, config: FineTuneConfig, seed: int, before_step: Any, teacher: Any) -> None:
         for step in range(config.steps):
-            before_step(step, model)
-            seen["training"].append(supernet.now)
+            for _ in range(config.passes):
+                before_step(step, model)
+                seen["training"].append(supernet.now)
+                seen["dims"].append(supernet.dim)
 
     def loss(*_: object) -> float:
         seen["candidates"].append(supernet.now)
-        return float(torch.rand(()))
+        return 0.1 if 5 in supernet.now else 3.0  # the last site is the most redundant one
 
-    supernet.set_skips = set_skips
+    supernet.set_skips, supernet.intact_logits = set_skips, None
     monkeypatch.setattr(joint_training, "fine_tune", train)
-    monkeypatch.setattr(joint_training, "endless", lambda *_: iter([{}] * 99))
+    monkeypatch.setattr(joint_training, "endless", lambda *_: iter([{}] * 999))
     monkeypatch.setattr("eas_search.redundancy.bandit.mean_loss", loss)
-    settings = SearchSettings(fixed_k=k, supernet={"training": {"steps": 20}, "bandit_updates": 5})
+    settings = SearchSettings(fixed_k=k, supernet={"training": {"steps": 20}, "bandit_updates": 5, **values})
     bench: Any = SimpleNamespace(
         settings=settings,
         sites=supernet.sites,
         space=SimpleNamespace(fixed_k=k, choices=settings.space.model_copy(update={"placements": ("parallel",)})),
         splits={"validation": None, "train": None},
     )
-    scores = joint_training.train_jointly(bench, supernet, lambda *_: None)
-    assert seen["training"] == [k] * 20
-    assert seen["candidates"] == [k] * 15  # five updates of three candidates
+    return seen, joint_training.train_jointly(bench, supernet, lambda *_: None)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("draws", ["bandit", "random", "sandwich"])
+def test_a_fixed_number_of_sites_is_skipped_in_every_pass_and_every_candidate(
+    k: int, draws: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, scores = trained(monkeypatch, k, draws=draws)
+    assert [len(skip) for skip in seen["training"]] == [k] * (60 if draws == "sandwich" else 20)
+    assert [len(skip) for skip in seen["candidates"]] == [k] * 15  # five updates of three candidates
     assert any(scores)
+
+
+def test_a_sandwich_has_nothing_all_and_something_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    skips = trained(monkeypatch, None, draws="sandwich")[0]["training"]
+    assert skips[0::3] == [()] * 20
+    assert skips[1::3] == [(0, 1, 2, 3, 4, 5)] * 20
+    assert {len(skip) for skip in skips[2::3]} >= {1, 2, 4, 5}
+
+
+def test_the_bandit_draws_what_it_prefers_and_chance_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the warm-up, with sharp scores: site 5 is in nearly every set of one; by chance in a sixth of them."""
+    sharp = {"candidates": 3, "learning_rate": 20.0, "warmup": 0.1}
+    share = {}
+    for draws in ("bandit", "random"):
+        values = {"training": {"steps": 400}, "bandit_updates": 200, "draws": draws, "bandit": sharp}
+        behind = trained(monkeypatch, 1, **values)[0]["training"][200:]
+        share[draws] = sum(skip == (5,) for skip in behind) / len(behind)
+    assert share["bandit"] > 0.9
+    assert 0.05 < share["random"] < 0.3
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_nested_training_takes_every_rank_in_turn(nested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    dims = trained(monkeypatch, None, nested=nested)[0]["dims"]
+    assert set(dims) == ({4, 8, 16} if nested else {None})

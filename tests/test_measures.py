@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from eas_search.finalists import select_finalists
 from eas_search.measures import accuracy_interval, kv_bytes_per_token, parameter_count, prefill_flops
 
 
@@ -57,16 +56,3 @@ def test_flops_of_a_linear_layer() -> None:
             return self.inner(x)
 
     assert prefill_flops(Wrapped(), {"x": torch.zeros(5, 8)}) == 2 * 5 * 8 * 6
-
-
-def test_finalists_are_the_front_then_the_front_of_the_rest() -> None:
-    accuracy = [0.9, 0.8, 0.7, 0.85, 0.5, float("nan")]
-    latency = [1.0, 0.8, 0.6, 1.0, 0.9, 0.1]
-    assert select_finalists(accuracy, latency, 3) == [0, 1, 2]
-    # Of the rest, (0.85, 1.0) and (0.5, 0.9) do not dominate each other; what is not finite never takes a place.
-    assert select_finalists(accuracy, latency, 9) == [0, 1, 2, 3, 4]
-
-
-def test_a_long_front_is_thinned_evenly_with_both_ends() -> None:
-    accuracy = [0.1 * i for i in range(10)]
-    assert select_finalists(accuracy, accuracy, 4) == [0, 3, 6, 9]

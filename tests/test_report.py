@@ -227,6 +227,11 @@ def test_headline_claims_nothing_within_the_noise(study: PageData) -> None:
 
 
 def test_headline_of_unusual_studies(study: PageData) -> None:
+    lost = {"accuracy_change_low": -0.03, "accuracy_change_high": -0.01}
+    assert "of the baseline's accuracy (a significant loss)" in page_headline(with_chosen(study, accuracy=0.8, **lost))
+    unsure = {"accuracy_change_low": -0.03, "accuracy_change_high": 0.01}
+    assert "accuracy (no significant loss)" in page_headline(with_chosen(study, accuracy=0.8, **unsure))
+    assert labels.points(-0.012, -0.023, 0.001) == "−1.2 (−2.3 to +0.1) points"
     assert "costs no accuracy (85.0 % against 84.6 %)" in page_headline(with_chosen(study, accuracy=0.85))
     assert page_headline(invented_study(finalists=0)) == ("No finalist was measured yet: 50 of 50 trials are done.")
 

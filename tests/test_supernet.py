@@ -85,6 +85,31 @@ def test_a_student_of_smaller_rank_takes_the_leading_units_of_each_group(
     torch.testing.assert_close(logits(student, tokens), logits(supernet.model, tokens), atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rank", [0, 2, 4, 8])
+@pytest.mark.parametrize(("placement", "router"), list(product(PLACEMENTS, ["static", "routed"])))
+def test_a_smaller_rank_in_use_is_the_student_of_that_rank(
+    llama: Any, tokens: Tensor, randomise: Callable[..., nn.Module], rank: int, placement: str, router: str
+) -> None:
+    """Also after another rank was in use, and nothing of the other units is trained meanwhile."""
+    supernet = supernet_of(llama, randomise, router=router)
+    supernet.set_skips((0, 2), placement, pia_dim=6)
+    supernet.set_skips((0, 2), placement, pia_dim=rank)
+    config = supernet.config.model_copy(update={"skip": (0, 2), "placement": placement, "pia_dim": rank})
+    student = apply_skips(llama, config).eval()
+    supernet.inherit(student)
+    expected = logits(student, tokens)
+    torch.testing.assert_close(logits(supernet.model, tokens), expected, atol=2e-5, rtol=1e-5)
+    if rank:
+        supernet.model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        pia = supernet.pias(supernet.sites[2])["ffn" if placement == "ffn" else "stream"]
+        moved = pia.down.weight.grad.abs().sum(dim=1) > 0
+        assert moved.tolist() == [unit % 4 < rank // 2 for unit in range(8)]
+    supernet.set_skips((0, 2), placement)
+    whole = apply_skips(llama, config.model_copy(update={"pia_dim": 8})).eval()
+    supernet.inherit(whole)
+    assert torch.equal(logits(supernet.model, tokens), logits(whole, tokens))
+
+
 def test_inherited_weights_are_copies(llama: Any, tokens: Tensor, randomise: Callable[..., nn.Module]) -> None:
     supernet = supernet_of(llama, randomise, adapter_dim=4)
     student = apply_skips(llama, supernet.config.model_copy(update={"skip": (1,)})).eval()

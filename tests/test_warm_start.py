@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from eas_search.architectures import attention_sites
+from eas_search.objective import make_student
 from eas_search.pia import Pia, PiaShape, copy_slice
 from eas_search.pooling import PoolSession
+from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
-from eas_search.skipping import apply_skips
+from eas_search.skipping import adapter_parameters, apply_skips
 from eas_search.supernet import Supernet
+from eas_search.training import FineTuneConfig
 from eas_search.warm_start import SiteMoments, calibrate, write_closed_form
 
 WIDTH, GROUPS = 8, 2
@@ -211,8 +216,86 @@ def test_a_warm_start_is_nearer_to_the_model_than_deletion(llama: Any, placement
     assert error[1] < 0.95 * error[0]
 
 
+def test_a_refit_is_least_squares_behind_the_sites_already_replaced(llama: Any) -> None:
+    """Site 3, with 0 and 2 replaced before it: ridge regression in float64 on what such a student shows there.
+
+    The rank is full, so that nothing but the regression is compared. The other sites' and, in the end, all PIAs stay.
+    """
+    sites, batches = attention_sites(llama), batches_of()
+    config = SkipConfig(pia_dim=32, placement="residual", pooling="prompt")
+    supernet = Supernet(llama, sites, config)
+    calibration = [
+        {"input_ids": batch["input_ids"], "prompt_mask": torch.ones_like(batch["input_ids"])} for batch in batches
+    ]
+    supernet.warm_start(calibrate(supernet.model, sites, calibration))
+    before = {name: tensor.clone() for name, tensor in supernet.adapters().items()}
+    with supernet.refitted(config.model_copy(update={"skip": (0, 2, 3)}), calibration):
+        pia = copy.deepcopy(supernet.pias(sites[3])["stream"])
+        first = copy.deepcopy(supernet.pias(sites[0])["stream"])
+        student = apply_skips(llama, config.model_copy(update={"skip": (0, 2)})).eval()
+        supernet.inherit(student)
+    after = supernet.adapters()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert torch.equal(first.down.weight, supernet.pias(sites[0])["stream"].down.weight)  # nothing is before it
+    seen: dict[str, list[Tensor]] = {"x": [], "y": []}
+    layer = student.model.layers[3]
+    layer.input_layernorm.register_forward_hook(lambda module, args, output: seen["x"].append(output))
+    layer.self_attn.register_forward_hook(lambda module, args, output: seen["y"].append(output[0]))
+    with torch.no_grad():
+        for batch in calibration:
+            student(**batch, use_cache=False)
+        x, y = torch.cat(seen["x"]).double(), torch.cat(seen["y"]).double()
+        actual = pia.double()(x, PoolSession("all")).flatten(0, 1).numpy()
+    f, target = features(x).flatten(0, 1).numpy(), y.flatten(0, 1).numpy()
+    centred = f - f.mean(0)
+    strength = 1e-2 * (centred**2).mean() * len(f)
+    padded = np.vstack([centred, np.sqrt(strength) * np.eye(f.shape[1])])
+    weights = np.linalg.lstsq(padded, np.vstack([target - target.mean(0), np.zeros((f.shape[1], 32))]))[0]
+    np.testing.assert_allclose(actual, centred @ weights + target.mean(0), atol=1e-4)
+    assert not torch.equal(pia.down.weight.float(), supernet.pias(sites[3])["stream"].down.weight)
+
+
 def test_a_vision_tower_warm_starts_over_all_its_tokens(llava: Any, image_prompt: dict[str, Tensor]) -> None:
     sites = [site for site in attention_sites(llava) if site.tower == "vision"][:2]
     supernet = Supernet(llava, sites, SkipConfig(pia_dim=4, pooling="prompt"))
     moments = calibrate(supernet.model, sites, [image_prompt])
     assert all(moments[site.name].count == pytest.approx(2 * 17) for site in sites)
+
+
+class Split:
+    """As many rows as asked for, in batches."""
+
+    def __init__(self, rows: dict[str, Tensor]) -> None:
+        self.rows = rows
+
+    def subset(self, n: int) -> Split:
+        return Split({name: value[:n] for name, value in self.rows.items()})
+
+    def batches(self, size: int, generator: torch.Generator | None = None) -> Any:
+        count = len(self.rows["labels"])
+        yield from ({n: v[i : i + size] for n, v in self.rows.items()} for i in range(0, count, size))
+
+    def __len__(self) -> int:
+        return len(self.rows["labels"])
+
+
+@pytest.mark.parametrize(("steps", "refit"), [(0, 24), (0, 0), (80, 24)])
+def test_only_students_of_an_untrained_supernet_are_refitted(llama: Any, steps: int, refit: int) -> None:
+    """And the refitted ones are nearer to the intact model than those that took the joint start."""
+    train, held_out = batches_of()[0], batches_of()[3]
+    supernet = Supernet(llama, attention_sites(llama), SkipConfig(pia_dim=32, pooling="prompt"))
+    supernet.warm_start(calibrate(supernet.model, supernet.sites, [train]))
+    settings = SearchSettings(supernet={"training": {"steps": steps}, "refit": refit})
+    bench: Any = SimpleNamespace(model=llama, splits={"train": Split(train)}, settings=settings, guard=nullcontext)
+    config = supernet.config.model_copy(update={"skip": (0, 1, 2)})
+    student, inherited = make_student(bench, supernet, config, FineTuneConfig(steps=0)), apply_skips(llama, config)
+    supernet.inherit(inherited)
+    theirs, mine = (adapter_parameters(model) for model in (inherited, student))
+    changed = {name.split(".")[2] for name in theirs if not torch.equal(theirs[name], mine[name])}
+    if steps or not refit:
+        assert not changed
+        return
+    assert changed == {"1", "2"}  # nothing is replaced in front of the first one, and the samples are the same
+    with torch.no_grad():
+        intact, refitted, joint = (m.eval()(**held_out).logits[:, :6] for m in (llama, student, inherited))
+    assert (refitted - intact).pow(2).mean() < (joint - intact).pow(2).mean()

@@ -146,7 +146,9 @@ def _unusable(name: str, error: Exception) -> EasSearchError:
     if "trust_remote_code" in str(error):
         return _needs_code(name)
     reason = " ".join(str(error).split())[:200]
-    if not isinstance(error, (OSError, ValueError)):
+    if "ignore_mismatched_sizes" in reason:  # the library's message only names this option of its own
+        reason = "its weights have other shapes than its config.json says"
+    elif not isinstance(error, (OSError, ValueError)):
         reason = f"{type(error).__name__} {reason}"
     return ConfigError(
         f"model {name!r} cannot be loaded: {reason}; expected '{DEMO}', a hub id or a complete model folder"

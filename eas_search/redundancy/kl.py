@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eas_search.distillation import judged
 from eas_search.models.calling import without_cache
 from eas_search.supernet import Supernet
 from eas_search.training import on_device
-
-IGNORED_LABEL = -100
 
 
 @torch.no_grad()
@@ -44,18 +43,4 @@ def _predictions(supernet: Supernet, batch: dict[str, Tensor]) -> Tensor:
     model: Any = supernet.model
     moved = on_device(batch, model)
     logits: Tensor = model(**moved, **without_cache(model)).logits
-    return F.log_softmax(logits[_judged(model, moved, logits)].float(), dim=-1)
-
-
-def _judged(model: Any, batch: dict[str, Tensor], logits: Tensor) -> Tensor:
-    """Which of the logits' rows predict a label, bool of the logits' shape without the last dimension."""
-    labels = batch.get("labels")
-    if logits.dim() == 2 or labels is None or labels.shape != logits.shape[:2]:
-        mask = batch.get("attention_mask")
-        whole = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
-        return mask.bool() if mask is not None and mask.shape == whole.shape else whole
-    wanted = labels != IGNORED_LABEL
-    behind_encoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    if any(site.causal for site in model.eas.sites) and not behind_encoder:
-        wanted = F.pad(wanted[:, 1:], (0, 1))  # a decoder's logits predict the next token
-    return wanted
+    return F.log_softmax(logits[judged(model, moved, logits)].float(), dim=-1)

@@ -15,7 +15,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from eas_search.report import labels
-from eas_search.report.front import hypervolume
+from eas_search.report.axes import USUAL, Axes
+from eas_search.report.front import hypervolume, non_dominated
 from eas_search.report.theme import LIGHT, Theme, colour_bar, fade, layout
 
 Sites = Sequence[Mapping[str, Any]]
@@ -27,14 +28,14 @@ def trade_off(
     baseline: Mapping[str, Any],
     sites: Sites,
     theme: Theme = LIGHT,
-    score: str = "accuracy",
+    axes: Axes = USUAL,
 ) -> go.Figure:
-    """Score against prefill speed-up: trials, finalists with their intervals, the baseline, the choice.
+    """Score against the first cost: trials, finalists with their intervals, the baseline, the choice.
 
     Trials show their score on validation data; finalists and the baseline show it on held-out data.  The number of the
     trial is the `customdata` of every point; the trace with `meta` "selected" is a ring that a page may move.
     """
-    figure = go.Figure(layout=layout(theme, height=570))
+    figure, score = go.Figure(layout=layout(theme, height=570)), axes.score
     accuracy, low, high = (baseline[key] for key in ("accuracy", "accuracy_low", "accuracy_high"))
     if labels.known(low) and labels.known(high):
         figure.add_hrect(y0=low, y1=high, fillcolor=theme.muted, opacity=0.08, line_width=0, layer="below")
@@ -43,11 +44,13 @@ def trade_off(
     figure.add_vline(x=1.0, line=line, layer="below")
     done = _measured(trials)
     if not done.empty:
-        figure.add_trace(_trial_points(done, sites, theme, score))
+        figure.add_trace(_trial_points(done, baseline, sites, theme, axes))
     if not front.empty:
-        steps = front[front["on_front"].astype(bool)].sort_values("latency", ascending=False)
+        # With a third objective the front has points that are compromises only there.
+        seen = front["on_front"].astype(bool) & non_dominated(front["accuracy"], front[axes.cost])
+        steps = front[seen].sort_values(axes.cost, ascending=False)
         figure.add_scatter(
-            x=1 / steps["latency"],
+            x=axes.place(steps[axes.cost], baseline),
             y=steps["accuracy"],
             mode="lines",
             name="Best compromises",
@@ -55,8 +58,8 @@ def trade_off(
             hoverinfo="skip",
         )
         chosen = front["chosen"].astype(bool)
-        figure.add_trace(_finalists(front[~chosen], sites, theme, score, chosen=False))
-        figure.add_trace(_finalists(front[chosen], sites, theme, score, chosen=True))
+        figure.add_trace(_finalists(front[~chosen], baseline, sites, theme, axes, chosen=False))
+        figure.add_trace(_finalists(front[chosen], baseline, sites, theme, axes, chosen=True))
     figure.add_scatter(
         x=[1.0],
         y=[accuracy],
@@ -76,7 +79,7 @@ def trade_off(
         hoverinfo="skip",
         marker={"symbol": "circle-open", "size": 27, "color": theme.text, "line": {"width": 2}},
     )
-    figure.update_xaxes(title="Prefill speed-up over the baseline  (right is faster →)", ticksuffix="×")
+    axes.label(figure)
     figure.update_yaxes(title=f"{escape(labels.upper_first(score))}  (up is better →)", tickformat=".0%")
     return figure
 
@@ -84,7 +87,8 @@ def trade_off(
 def progress(trials: pd.DataFrame, theme: Theme = LIGHT) -> go.Figure:
     """Hypervolume of all trials so far, in the order they were run (see `front.hypervolume`)."""
     ordered = trials.sort_values("number")
-    accuracy, latency = ordered["accuracy"].to_numpy(float), ordered["latency"].to_numpy(float)
+    whole = ordered["accuracy"].where(ordered["state"] != "STOPPED")  # an estimate adds nothing
+    accuracy, latency = whole.to_numpy(float), ordered["latency"].to_numpy(float)
     values = [hypervolume(accuracy[: n + 1], latency[: n + 1]) for n in range(len(ordered))]
     figure = go.Figure(layout=layout(theme, height=320))
     figure.add_scatter(
@@ -134,7 +138,9 @@ def best_by_count(trials: pd.DataFrame, sites: Sites, theme: Theme = LIGHT, scor
     return figure
 
 
-def _trial_points(done: pd.DataFrame, sites: Sites, theme: Theme, score: str) -> go.Scatter:
+def _trial_points(
+    done: pd.DataFrame, baseline: Mapping[str, Any], sites: Sites, theme: Theme, axes: Axes
+) -> go.Scatter:
     marker: dict[str, Any] = {"size": 7, "opacity": 0.7, "color": theme.scale[1]}
     if np.isfinite(done["redundancy"].to_numpy(float)).any():
         marker |= {
@@ -143,7 +149,7 @@ def _trial_points(done: pd.DataFrame, sites: Sites, theme: Theme, score: str) ->
             "colorbar": colour_bar(theme),
         }
     return go.Scatter(
-        x=1 / done["latency"],
+        x=axes.place(done[axes.cost].astype(float), baseline),
         y=done["accuracy"],
         mode="markers",
         name="Trials",
@@ -151,39 +157,49 @@ def _trial_points(done: pd.DataFrame, sites: Sites, theme: Theme, score: str) ->
         customdata=done["number"].tolist(),
         hoverinfo="text",
         meta="trials",
-        hovertext=[labels.hover(row, sites, f"validation {score}") for row in done.to_dict("records")],
+        hovertext=[
+            labels.hover(row, sites, f"validation {axes.score}", axes.facts(row)) for row in done.to_dict("records")
+        ],
     )
 
 
-def _finalists(rows: pd.DataFrame, sites: Sites, theme: Theme, score: str, chosen: bool) -> go.Scatter:
+def _finalists(
+    rows: pd.DataFrame, baseline: Mapping[str, Any], sites: Sites, theme: Theme, axes: Axes, *, chosen: bool
+) -> go.Scatter:
     colour = theme.chosen if chosen else theme.accent
     bars = {"type": "data", "color": fade(colour, 0.55), "thickness": 1.2, "width": 3}
     shape, on_front = "star" if chosen else "circle", rows["on_front"].astype(bool)
-    speed, accuracy = 1 / rows["latency"], rows["accuracy"]
-    fastest, slowest = 1 / rows["latency_low"], 1 / rows["latency_high"]
+    undecided = rows["front"] == "undecided" if "front" in rows else False
+    place, accuracy = axes.place(rows[axes.cost], baseline), rows["accuracy"]
+    across = {}
+    if f"{axes.cost}_low" in rows:
+        ends = [axes.place(rows[f"{axes.cost}{end}"], baseline) for end in ("_low", "_high")]
+        across = {"error_x": bars | {"array": ends[0] - place, "arrayminus": place - ends[1]}}
     return go.Scatter(
-        x=speed,
+        x=place,
         y=accuracy,
         mode="markers",
         customdata=rows["number"].tolist(),
         hoverinfo="text",
         name="Chosen" if chosen else "Finalists",
         marker={
-            "symbol": np.where(on_front, shape, f"{shape}-open"),
+            "symbol": np.where(on_front, shape, np.where(undecided, f"{shape}-open-dot", f"{shape}-open")),
             "size": 17 if chosen else 10,
             "color": colour,
             "opacity": 1,
             "line": {"width": 1.5, "color": theme.surface if on_front.all() else colour},
         },
-        error_x=bars | {"array": fastest - speed, "arrayminus": speed - slowest},
+        **across,
         error_y=bars | {"array": rows["accuracy_high"] - accuracy, "arrayminus": accuracy - rows["accuracy_low"]},
-        hovertext=[labels.hover(row, sites, f"held-out {score}") for row in rows.to_dict("records")],
+        hovertext=[
+            labels.hover(row, sites, f"held-out {axes.score}", axes.facts(row)) for row in rows.to_dict("records")
+        ],
     )
 
 
 def _measured(trials: pd.DataFrame) -> pd.DataFrame:
-    """The trials that have both objectives; failed and running ones have not."""
+    """The trials that have both objectives; failed and running ones have not, stopped ones have estimates."""
     if trials.empty:
         return trials
     accuracy, latency = trials["accuracy"].to_numpy(float), trials["latency"].to_numpy(float)
-    return trials[np.isfinite(accuracy) & np.isfinite(latency) & (latency > 0)]
+    return trials[np.isfinite(accuracy) & np.isfinite(latency) & (latency > 0) & (trials["state"] != "STOPPED")]

@@ -3,6 +3,9 @@
 Units, here and in the whole report: accuracy is a fraction in [0, 1]; latency is a ratio to the baseline
 measured in the same run, so 1 is the baseline and 0.8 takes four fifths of its time.  A point with a value
 that is not finite (a failed trial) takes no part in anything: it is never on the front and never chosen.
+
+Where several costs are minimised, `costs` is a matrix [points, costs] with one column each, all of them ratios
+to the baseline; a vector is the one cost, latency.
 """
 
 from __future__ import annotations
@@ -12,46 +15,51 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from eas_search.exceptions import ConfigError
+from eas_search.front_statistics import basic_interval, paired_bootstrap
 
 # Fixed before any search, so that hypervolumes of different studies on one task can be compared: an accuracy
 # of zero at the baseline's latency.  What is slower than the baseline is worth nothing.
 REFERENCE = (0.0, 1.0)
-_MAXIMISE = [True, False]
 
 
-def _points(accuracy: ArrayLike, latency: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Both objectives as one array of shape (n, 2), and which of the n rows are finite."""
-    values = [np.asarray(v, dtype=np.float64).reshape(-1) for v in (accuracy, latency)]
-    points = np.column_stack(values)  # raises ValueError when the lengths differ
-    return points, np.isfinite(points[:, 0]) & np.isfinite(points[:, 1])
+def _points(accuracy: ArrayLike, costs: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """All objectives as one array of shape (n, 1 + costs), and which of the n rows are finite."""
+    values = [np.asarray(v, dtype=np.float64) for v in (accuracy, costs)]
+    points = np.column_stack([values[0].reshape(-1), values[1]])  # raises ValueError when the lengths differ
+    return points, np.asarray(np.isfinite(points).all(axis=1))
 
 
-def non_dominated(accuracy: ArrayLike, latency: ArrayLike) -> NDArray[np.bool_]:
-    """Which points are on the front: no other point is at least as good in both objectives and better in one.
+def _maximise(points: NDArray[np.float64]) -> list[bool]:
+    return [True] + [False] * (points.shape[1] - 1)
+
+
+def non_dominated(accuracy: ArrayLike, costs: ArrayLike) -> NDArray[np.bool_]:
+    """Which points are on the front: no other point is at least as good in every objective and better in one.
 
     Args:
         accuracy: shape (n,), higher is better.
-        latency: shape (n,), ratio to the baseline, lower is better.
+        costs: shape (n,) or (n, m), latency ratio or several costs, lower is better.
 
     Returns:
         Boolean array of shape (n,).  Of exact duplicates only the first is kept; points that are NaN or
-        infinite in either objective are never on the front.  Empty input gives an empty array.
+        infinite in an objective are never on the front.  Empty input gives an empty array.
 
     Raises:
         ValueError: the two arrays differ in length.
     """
-    points, finite = _points(accuracy, latency)
+    points, finite = _points(accuracy, costs)
     keep = np.zeros(len(points), dtype=np.bool_)
     if finite.any():
-        keep[finite] = moocore.is_nondominated(points[finite], maximise=_MAXIMISE, keep_weakly=False)
+        keep[finite] = moocore.is_nondominated(points[finite], maximise=_maximise(points), keep_weakly=False)
     return keep
 
 
-def hypervolume(accuracy: ArrayLike, latency: ArrayLike, reference: tuple[float, float] = REFERENCE) -> float:
-    """Area that the points dominate, bounded by `reference` = (worst accuracy, worst latency).
+def hypervolume(accuracy: ArrayLike, costs: ArrayLike, reference: tuple[float, ...] | None = None) -> float:
+    """Area (or volume) that the points dominate, bounded by `reference` = (worst accuracy, worst cost, …).
 
-    The unit is accuracy × latency ratio.  With the default reference the value lies in [0, 1]: a single point
-    adds accuracy × (1 - latency), its accuracy times the share of the baseline's time that it saves.
+    The unit is accuracy × latency ratio.  With the default reference, `REFERENCE` with a 1 for every further cost,
+    the value lies in [0, 1]: a single point adds accuracy × (1 - latency), its accuracy times the share of the
+    baseline's time that it saves.
 
     Points at or beyond the reference, and points that are not finite, contribute nothing and raise nothing;
     without any point the area is 0.
@@ -59,10 +67,28 @@ def hypervolume(accuracy: ArrayLike, latency: ArrayLike, reference: tuple[float,
     Raises:
         ValueError: the two arrays differ in length.
     """
-    points, finite = _points(accuracy, latency)
+    points, finite = _points(accuracy, costs)
     if not finite.any():
         return 0.0
-    return float(moocore.hypervolume(points[finite], ref=reference, maximise=_MAXIMISE))
+    bound = reference or REFERENCE[:1] + REFERENCE[1:] * (points.shape[1] - 1)
+    return float(moocore.hypervolume(points[finite], ref=bound, maximise=_maximise(points)))
+
+
+def hypervolume_interval(scores: ArrayLike, costs: ArrayLike, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the points' hypervolume over the samples that they were scored on.
+
+    The samples are redrawn, the same ones for all points, and the basic interval is taken.  The costs stay as they
+    were measured: their spread is not in it.  In simulations it covered the hypervolume of the true accuracies in
+    94 % where points differ, in 83 to 88 % where all have the same accuracy; quantiles as they are: 94 and 61 to 65 %.
+
+    Args:
+        scores: [points, samples], on the same samples; of the front or of all points, which is the same.
+        costs: as for `hypervolume`.
+        seed: of the redrawing.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    redrawn = [hypervolume(accuracy, costs) for accuracy in paired_bootstrap(values, seed=seed)]
+    return basic_interval(hypervolume(values.mean(axis=1), costs), redrawn)
 
 
 def knee_point(accuracy: ArrayLike, latency: ArrayLike, baseline: tuple[float, float] | None = None) -> int:

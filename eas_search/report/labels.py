@@ -32,6 +32,21 @@ def percent_interval(low: Any, high: Any) -> str:
     return f"{100 * low:.1f}–{100 * high:.1f}{_NBSP}%" if known(low) and known(high) else MISSING
 
 
+def points(change: Any, low: Any, high: Any) -> str:
+    """Change of a fraction in percentage points, −0.012, −0.023, −0.001 → "−1.2 (−2.3 to −0.1) points"."""
+    if not (known(change) and known(low) and known(high)):
+        return MISSING
+    texts = [f"{100 * value:+.1f}".replace("-", "−") for value in (change, low, high)]
+    return f"{texts[0]} ({texts[1]} to {texts[2]}) points"
+
+
+def with_interval(value: Any, low: Any = None, high: Any = None) -> str:
+    """0.2871, 0.2801, 0.2944 → "0.2871 (0.2801–0.2944)"."""
+    if not known(value):
+        return MISSING
+    return f"{value:.4f} ({low:.4f}–{high:.4f})" if known(low) and known(high) else f"{value:.4f}"
+
+
 def speedup(latency: Any) -> str:
     """Latency ratio 0.787 → "1.27×"; a third decimal where two would read as 1.00×."""
     if not known(latency) or latency <= 0:
@@ -134,8 +149,13 @@ def upper_first(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def hover(row: Mapping[Any, Any], sites: Sequence[Mapping[str, Any]], score: str) -> str:
-    """Lines that a plot shows for one trial, joined by <br>; `score` is like "held-out accuracy"."""
+def hover(
+    row: Mapping[Any, Any],
+    sites: Sequence[Mapping[str, Any]],
+    score: str,
+    facts: Sequence[tuple[str, str]] = (),
+) -> str:
+    """Lines that a plot shows for one trial, joined by <br>; `score` is like "held-out accuracy", `facts` are more."""
     accuracy = percent(row["accuracy"])
     if "accuracy_low" in row:
         accuracy += f" ({percent_interval(row['accuracy_low'], row['accuracy_high'])})"
@@ -147,6 +167,7 @@ def hover(row: Mapping[Any, Any], sites: Sequence[Mapping[str, Any]], score: str
         f"{escape(score)} {accuracy}",
         f"prefill {speedup(row['latency'])} ({interval})",
         f"KV cache {size(row['kv_bytes'])} per token",
+        *(f"{name} {text}" for name, text in facts),
     ]
     if "redundancy" in row:
         lines.append(f"mean redundancy {number(row['redundancy'])}")

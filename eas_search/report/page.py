@@ -21,7 +21,8 @@ from plotly.offline import get_plotlyjs
 
 from eas_search.exceptions import StorageError
 from eas_search.report import figures, labels
-from eas_search.report.headline import chosen_point, headline
+from eas_search.report.axes import Axes
+from eas_search.report.headline import chosen_point, headline, loss_verdict
 from eas_search.report.skip_map import skip_map
 from eas_search.report.theme import DARK, LIGHT, Theme
 
@@ -36,12 +37,14 @@ class PageData:
             config.
         front: one row per finalist: number, skip, skip_names, pia_dim, placement, accuracy (held-out),
             accuracy_low, accuracy_high, latency, latency_low, latency_high, decode_latency,
-            decode_latency_low, decode_latency_high, kv_bytes, parameters, on_front, chosen, config.
-            May be empty, without columns.
+            decode_latency_low, decode_latency_high, kv_bytes, parameters, on_front (not dominated), chosen, config;
+            optionally front (`front`, `undecided` or `dominated`) and accuracy_change, …_low, …_high (against the
+            baseline on the same samples). May be empty, without columns.
         baseline: zero_shot_accuracy, accuracy, accuracy_low, accuracy_high, prefill_ms, decode_ms, kv_bytes,
             parameters, latency.
         sites: every attention site, in order: index, name, tower, redundancy.
         summary: study_name, model, task, metric (accuracy if there is none), seed, budget, completed, hypervolume,
+            objectives (accuracy and latency if there are none; all costs among them are keys of baseline),
             wall_clock (seconds by stage), versions, hardware, conditions.
         run_dir: output folder of the search, for the command that exports a point.
         interval_notes: sentences on how the intervals were computed.
@@ -78,7 +81,9 @@ def render_page(data: PageData) -> str:
         data=data,
         headline=headline(data.front, data.baseline, len(data.sites), data.summary),
         chosen=chosen,
+        verdict=loss_verdict(chosen) if chosen else None,
         score=labels.score_name(data.summary),
+        axes=Axes.of(data.summary),
         selected=points[str(chosen["number"])] if chosen else None,
         rows=rows,
         plots=light,
@@ -122,8 +127,8 @@ def pretty(config: Mapping[str, Any]) -> str:
 
 def _plots(data: PageData, theme: Theme) -> dict[str, go.Figure]:
     """Figures by the id of their place in the page; those without data are left out."""
-    score = labels.score_name(data.summary)
-    plots = {"trade-off": figures.trade_off(data.trials, data.front, data.baseline, data.sites, theme, score)}
+    score, axes = labels.score_name(data.summary), Axes.of(data.summary)
+    plots = {"trade-off": figures.trade_off(data.trials, data.front, data.baseline, data.sites, theme, axes)}
     if not data.front.empty:
         plots["skip-map"] = skip_map(data.front, data.sites, theme)
     if not data.trials.empty:
@@ -143,7 +148,7 @@ def _payload(row: Mapping[Any, Any], data: PageData, held_out: bool) -> dict[str
     # A trial without a stored configuration still has the three fields that the search varies.
     stored = isinstance(row.get("config"), Mapping)
     config = row["config"] if stored else {key: row[key] for key in ("skip", "pia_dim", "placement")}
-    score = labels.upper_first(labels.score_name(data.summary))
+    score, axes = labels.upper_first(labels.score_name(data.summary)), Axes.of(data.summary)
     accuracy, prefill = labels.percent(row["accuracy"]), labels.speedup(row["latency"])
     if held_out:
         accuracy += f" ({labels.percent_interval(row['accuracy_low'], row['accuracy_high'])})"
@@ -156,12 +161,23 @@ def _payload(row: Mapping[Any, Any], data: PageData, held_out: bool) -> dict[str
         "facts": [
             ["Skipped", skipped],
             [f"{score}, {'held-out' if held_out else 'validation'}", accuracy],
+            *_change(row),
             ["Prefill speed-up", prefill if prefill == labels.MISSING else f"{prefill} ({interval})"],
             ["KV cache per token", labels.size(row["kv_bytes"])],
+            *map(list, axes.facts(row)),
         ],
         "config": pretty(config),
         "complete": stored,
         "command": f"eas-search export {shlex.quote(str(data.run_dir))} --trial {row['number']}",
-        "x": 1 / row["latency"] if labels.known(row["latency"]) and row["latency"] > 0 else None,
+        "x": axes.place(row[axes.cost], data.baseline) if labels.known(row["latency"]) and row["latency"] > 0 else None,
         "y": row["accuracy"] if labels.known(row["accuracy"]) else None,
     }
+
+
+def _change(row: Mapping[Any, Any]) -> list[list[str]]:
+    """The fact on the difference to the baseline, where a point has one."""
+    verdict = loss_verdict(row)
+    if verdict is None:
+        return []
+    change = labels.points(*(row[f"accuracy_change{end}"] for end in ("", "_low", "_high")))
+    return [["Against the baseline", f"{change}, {verdict}"]]

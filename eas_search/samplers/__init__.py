@@ -5,7 +5,7 @@ None looks at measured latencies unless it is Optuna's, so that the same seed gi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import optuna
@@ -17,7 +17,7 @@ from eas_search.names import Sampler
 from eas_search.samplers.base import Proposer
 from eas_search.samplers.brute import BruteSampler
 from eas_search.samplers.eas_bandit import EasBanditSampler
-from eas_search.samplers.front import FrontSampler
+from eas_search.samplers.front import FrontSampler, Rankings, by_metric
 from eas_search.samplers.library import LibrarySampler
 from eas_search.search_space import SearchSpace
 from eas_search.skip_config import SkipConfig
@@ -44,22 +44,26 @@ __all__ = [
 ]
 
 
-def ranking_prefixes(space: SearchSpace, redundancy: Sequence[float], count: int) -> list[SkipConfig]:
-    """At most `count` skip sets that are prefixes of the ranking, most redundant first, spread over all sizes.
+def ranking_prefixes(space: SearchSpace, redundancy: Rankings, count: int) -> list[SkipConfig]:
+    """At most `count` distinct skip sets that are prefixes of a ranking, most redundant first, spread over all sizes.
 
-    Where the number of skipped sites is fixed there is one: the top k.
+    Of several rankings the first one comes first, then the others fill up what is left. Where the number of skipped
+    sites is fixed each ranking has one prefix: the top k.
     """
-    order = sorted(range(len(space.sites)), key=lambda i: (-redundancy[i], i))
     allowed = space.sizes
-    ends = np.linspace(allowed.start, allowed.stop - 1, min(count, len(allowed)))
-    sizes = np.unique(ends.round().astype(int))
-    return [space.config([space.sites[i].index for i in order[:size]]) for size in sizes]
+    found: dict[SkipConfig, None] = {}
+    for scores in by_metric(redundancy).values():
+        order = sorted(range(len(space.sites)), key=lambda i: (-scores[i], i))
+        ends = np.linspace(allowed.start, allowed.stop - 1, min(count, len(allowed)))
+        for size in np.unique(ends.round().astype(int)):
+            found.setdefault(space.config([space.sites[i].index for i in order[:size]]))
+    return list(found)[:count]
 
 
 def make_sampler(
     name: Sampler,
     space: SearchSpace,
-    redundancy: Sequence[float],
+    redundancy: Rankings,
     seed: int,
     done: int,
     bandit: BanditConfig | None = None,
@@ -69,7 +73,7 @@ def make_sampler(
     Args:
         name: one of `names.SAMPLERS`.
         space: the search space.
-        redundancy: scores of its sites.
+        redundancy: scores of its sites, by metric where there are several.
         seed: of the study.
         done: trials so far. Optuna's samplers keep no state in the storage; a resumed study must not repeat its draws.
         bandit: rules of `bandit`; None: LaVIN's.

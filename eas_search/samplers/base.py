@@ -30,6 +30,7 @@ class Proposer(BaseSampler):
     def __init__(self, space: SearchSpace, seed: int) -> None:
         self.space, self.seed = space, seed
         self.origins: dict[int, str] = {}
+        self._configs: dict[tuple[Any, ...], SkipConfig] = {}
 
     @abstractmethod
     def propose(self, others: Sequence[FrozenTrial], rng: np.random.Generator) -> tuple[SkipConfig, str]:
@@ -75,7 +76,14 @@ class Proposer(BaseSampler):
 
     def known(self, trials: Sequence[FrozenTrial]) -> set[SkipConfig]:
         """The configurations of these trials."""
-        return {self.space.to_config(trial.params) for trial in trials if trial.params}
+        return {self.config_of(trial) for trial in trials if trial.params}
+
+    def config_of(self, trial: FrozenTrial) -> SkipConfig:
+        """Its configuration; equal parameters are turned into one only once."""
+        key = (*trial.params, *trial.params.values())
+        if key not in self._configs:
+            self._configs[key] = self.space.to_config(trial.params)
+        return self._configs[key]
 
 
 def unseen(space: SearchSpace, wish: SkipConfig, seen: Collection[SkipConfig], rng: np.random.Generator) -> SkipConfig:

@@ -1,63 +1,109 @@
-"""The default: explore around the current front, with the sites' redundancy as prior."""
+"""The default: variations of the current front, chosen by what they promise to add to it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
 from eas_search.samplers.base import Proposer
+from eas_search.samplers.improvement import Front
+from eas_search.samplers.surrogate import Encoder, Surrogate, Variances, likeliest, logit, ranks
 from eas_search.search_space import SearchSpace
 from eas_search.skip_config import SkipConfig
 
+MOST_TRIALS, MOST_FITTED = 300, 128  # trials that the surrogate is fitted to, and that choose its variances
+Rankings = Sequence[float] | Mapping[str, Sequence[float]]
+POOL = 300  # variations among which the most promising is taken
+
+
+def by_metric(redundancy: Rankings) -> dict[str, Sequence[float]]:
+    """Scores by metric; those of a single one have no name."""
+    return dict(redundancy) if isinstance(redundancy, Mapping) else {"": redundancy}
+
 
 class FrontSampler(Proposer):
-    """Swap, grow, shrink or re-dress a configuration of the current front; now and then draw a new one.
+    """Swaps, grows, shrinks or re-dresses configurations of the current front, and draws some new ones.
+
+    A few hundred such variations are made; a surrogate fitted to the trials so far says by how much each is expected to
+    enlarge the front's hypervolume, and the best one is proposed. The front is that of the surrogate, too: a trial that
+    was merely lucky gets no children. How many sites are skipped stands for the latency.
 
     Args:
         space: the search space.
-        redundancy: score of every site of the space; decides which sites are added and removed first.
+        redundancy: score of every site of the space, higher is more redundant; by metric where there are several.
+            Which sites are added and removed first follows the mean rank; the surrogate learns which metric to believe.
         seed: together with the number of proposals so far it determines a proposal.
     """
 
     moves = ("swap", "grow", "shrink", "dress", "draw")
     odds = (0.35, 0.2, 0.15, 0.2, 0.1)
 
-    def __init__(self, space: SearchSpace, redundancy: Sequence[float], seed: int) -> None:
+    def __init__(self, space: SearchSpace, redundancy: Rankings, seed: int) -> None:
         super().__init__(space, seed)
-        ranks = np.argsort(np.argsort(np.asarray(redundancy)))
-        # Ranks, not values: the scores' unit depends on the metric and its number of updates.
-        self.pull = np.exp(2.0 * ranks / max(1, len(ranks) - 1))
+        scores = list(by_metric(redundancy).values())
+        self.encoder = Encoder(space, scores)
+        # Ranks, not values: the scores' unit depends on the metric.
+        mean_rank = np.mean([ranks(np.asarray(one, dtype=float)) for one in scores], axis=0)
+        self.pull = np.exp(2.0 * (1.0 - ranks(-mean_rank)))
+        self.variances: dict[tuple[int, ...], Variances] = {}
 
     def propose(self, others: Sequence[FrozenTrial], rng: np.random.Generator) -> tuple[SkipConfig, str]:
-        """The next configuration and the name of the move that led to it; new unless 200 attempts were all known."""
-        seen = self.known(others)
-        front = self._front(
-            [(self.space.to_config(t.params), t.values[0]) for t in others if t.state == TrialState.COMPLETE]
-        )
-        for _ in range(200):
-            move = str(rng.choice(self.moves, p=self.odds)) if front else "draw"
-            parent = front[rng.integers(len(front))] if front else self.space.config(())
+        """The most promising of many variations, and the move that led to it."""
+        done = [trial for trial in others if trial.state == TrialState.COMPLETE]
+        if len(done) < 2:
+            return self._draw(rng), "draw"
+        surrogate, front = self._learn(self._best(done), [trial for trial in others if not trial.state.is_finished()])
+        pool = self._pool(front.members, self.known(others), rng)
+        if not pool:
+            return self._draw(rng), "draw"
+        configs = list(pool)
+        best = configs[int(np.argmax(front.expected_gain(configs, *surrogate.predict(configs))))]
+        return best, pool[best] if pool[best] == "draw" else f"front: {pool[best]}"
+
+    def _best(self, done: Sequence[FrozenTrial]) -> Sequence[FrozenTrial]:
+        """The trials that fall least short of the best one that skips as many sites, so that a fit never takes long."""
+        if len(done) <= MOST_TRIALS:
+            return done
+        sizes = np.array([len(self.config_of(trial).skip) for trial in done])
+        accuracies = np.array([trial.values[0] for trial in done])
+        best = np.full(sizes.max() + 1, -np.inf)
+        np.maximum.at(best, sizes, accuracies)
+        return [done[i] for i in np.sort(np.argsort(best[sizes] - accuracies, kind="stable")[:MOST_TRIALS])]
+
+    def _learn(self, done: Sequence[FrozenTrial], pending: Sequence[FrozenTrial]) -> tuple[Surrogate, Front]:
+        """The surrogate, and the front of what it makes of the trials."""
+        configs, accuracies = [self.config_of(trial) for trial in done], [float(trial.values[0]) for trial in done]
+        surrogate = Surrogate(self.encoder, configs, accuracies, self._variances(done))
+        if waiting := [self.config_of(trial) for trial in pending if trial.params]:
+            # Parallel workers: what is under way counts as if it had come out as expected.
+            expected = surrogate.accuracy(waiting).tolist()
+            configs, accuracies = [*configs, *waiting], [*accuracies, *expected]
+            surrogate = Surrogate(self.encoder, configs, accuracies, surrogate.variances)
+        return surrogate, Front(self.space, configs, surrogate.accuracy(configs))
+
+    def _variances(self, done: Sequence[FrozenTrial]) -> Variances:
+        """The likeliest ones given the first trials: seven eighths of many, so that they are chosen now and then."""
+        step = 1 << max(0, len(done).bit_length() - 4)
+        first = done[: min(MOST_FITTED, len(done) // step * step)]
+        numbers = tuple(trial.number for trial in first)
+        if numbers not in self.variances:
+            features = self.encoder([self.config_of(trial) for trial in first])
+            self.variances[numbers] = likeliest(features, logit(np.array([trial.values[0] for trial in first])))
+        return self.variances[numbers]
+
+    def _pool(
+        self, parents: Sequence[SkipConfig], seen: set[SkipConfig], rng: np.random.Generator
+    ) -> dict[SkipConfig, str]:
+        """New configurations and the moves that made them; in a small space fewer than `POOL`."""
+        pool: dict[SkipConfig, str] = {}
+        for move in rng.choice(self.moves, p=self.odds, size=POOL).tolist():
+            parent = parents[int(rng.integers(len(parents)))]
             config = self._apply(move, parent, rng)
             if config is not None and config not in seen:
-                return config, move if move == "draw" else f"front: {move}"
-        return self._draw(rng), "draw"
-
-    @staticmethod
-    def _front(known: Sequence[tuple[SkipConfig, float]]) -> list[SkipConfig]:
-        """Per number of skipped sites the most accurate configuration, if nothing that skips more is as accurate."""
-        best: dict[int, tuple[float, SkipConfig]] = {}
-        for config, accuracy in known:
-            size = len(config.skip)
-            if size not in best or accuracy > best[size][0]:
-                best[size] = (accuracy, config)
-        front, highest = [], -np.inf
-        for size in sorted(best, reverse=True):
-            if best[size][0] > highest:
-                highest = best[size][0]
-                front.append(best[size][1])
-        return front
+                pool.setdefault(config, move)
+        return pool
 
     def _apply(self, move: str, parent: SkipConfig, rng: np.random.Generator) -> SkipConfig | None:
         if move == "draw":

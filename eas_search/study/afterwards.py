@@ -29,7 +29,7 @@ from eas_search.report.page import PageData, write_page
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import apply_skips
-from eas_search.stages import StageFolder, baseline_stage, supernet_stage
+from eas_search.stages import StageFolder, baseline_scores, baseline_stage, supernet_stage
 from eas_search.study import outputs
 from eas_search.study.frames import front_frame, trials_frame
 from eas_search.study.storage import only_writer, open_storage
@@ -134,7 +134,8 @@ def export_trial(
         supernet, _ = supernet_stage(bench, stages, adapted, lambda *_: None)
         finalist = prepare_finalist(bench, supernet, stages, number, config)
         figures = measure_finalists(bench, [finalist], stages)
-        row = {str(key): value for key, value in front_frame([finalist], figures, bench.sites).iloc[0].items()}
+        table = front_frame([finalist], figures, bench.sites, baseline_scores(stages))
+        row = {str(key): value for key, value in table.iloc[0].items()}
         outputs.write_export(bench, finalist, row, baseline, folder, kind)
     return folder
 

@@ -8,6 +8,8 @@ from typing import Any
 import jinja2
 
 from eas_search.export import Format
+from eas_search.report import labels
+from eas_search.report.headline import loss_verdict
 from eas_search.skip_config import SkipConfig
 
 _TEMPLATE = """\
@@ -29,6 +31,7 @@ in and is folded into the feed-forward weights.
 {% for name, value in c.breakdown.items() -%}
 | {{ code(name) }} | {{ num(value) }} | {{ num(b.breakdown[name]) if name in b.breakdown else "–" }} |
 {% endfor -%}
+| {{ code(facts.metric) }} against the original, same samples | {{ points(c) }} | |
 | prefill time, relative | {{ num(c.latency) }} ({{ num(c.latency_low) }} – {{ num(c.latency_high) }}), \
 {{ num(1 / c.latency) }}× faster | 1 |
 {% if c.decode_latency is not none -%}
@@ -38,7 +41,8 @@ in and is folded into the feed-forward weights.
 | KV cache, bytes per token | {{ c.kv_bytes }} | {{ b.kv_bytes }} |
 | parameters | {{ "{:,}".format(c.parameters) }} | {{ "{:,}".format(b.parameters) }} |
 
-Intervals are 95 %. The latency interval says where a repeated measurement in another process falls.
+Intervals are 95 %.{{ " There is no significant speed-up." if c.latency_high >= 1 }} \
+The latency interval says where a repeated measurement in another process falls.
 {% if kind.name != "eas" -%}
 Times, KV cache and parameters are those of the merged model (format `eas`).
 {% endif %}
@@ -81,6 +85,12 @@ def _code(text: Any) -> str:
     return "`" + " ".join(str(text).replace("`", "'").split()) + "`"
 
 
+def _points(claims: Mapping[str, Any]) -> str:
+    """The paired difference to the baseline in words."""
+    change = labels.points(*(claims[f"accuracy_change{end}"] for end in ("", "_low", "_high")))
+    return f"{change}, {loss_verdict(claims)}"
+
+
 def model_card(
     facts: Mapping[str, Any], skipped: Sequence[str], total: int, config: SkipConfig, kind: Format, usage: str
 ) -> str:
@@ -95,7 +105,8 @@ def model_card(
         usage: Python that loads it.
     """
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)  # Markdown, see `_code`
-    environment.globals.update(code=_code, pct=lambda share: f"{100 * share:.1f} %", num=lambda value: f"{value:.3f}")
+    forms = {"code": _code, "points": _points, "pct": lambda share: f"{100 * share:.1f} %", "num": "{:.3f}".format}
+    environment.globals.update(forms)
     return environment.from_string(_TEMPLATE).render(
         facts=facts,
         c=facts["claims"],

@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from optuna.study import Study
+from torch import Tensor
 
 from eas_search.architectures import AttentionSite
 from eas_search.finalists import Finalist
+from eas_search.front_statistics import dominance, paired_difference
 from eas_search.report.front import knee_point, non_dominated, prefer
 from eas_search.skip_config import SkipConfig
 
+COSTS = ("latency",)
+CHANGE = ("accuracy_change", "accuracy_change_low", "accuracy_change_high")
+STOPPED = "STOPPED"  # told to Optuna as complete, see `rungs`
 TRIAL_COLUMNS = (
     "number",
     "state",
@@ -30,13 +37,14 @@ TRIAL_COLUMNS = (
     "flops",
     "seconds",
     "device",
+    "stopped_at",
     "origin",
     "config",
 )
 
 
 def trials_frame(study: Study, names: Mapping[int, str] | None = None) -> pd.DataFrame:
-    """One row per trial that is finished (COMPLETE or FAIL); figures of failed trials are NaN.
+    """One row per trial that is finished: COMPLETE, STOPPED (its accuracy is an estimate) or FAIL (figures are NaN).
 
     `names` are the sites' names by index, for the column `skip_names`.
     """
@@ -49,7 +57,7 @@ def trials_frame(study: Study, names: Mapping[int, str] | None = None) -> pd.Dat
         skip = tuple(config.get("skip", ()))
         known = {
             "number": trial.number,
-            "state": trial.state.name,
+            "state": trial.state.name if result.get("stopped_at") is None else STOPPED,
             "skip": skip,
             "skip_names": tuple(names.get(index, str(index)) for index in skip),
             "pia_dim": int(config.get("pia_dim", 0)),
@@ -63,24 +71,40 @@ def trials_frame(study: Study, names: Mapping[int, str] | None = None) -> pd.Dat
 
 
 def pareto_front(study: Study) -> pd.DataFrame:
-    """The completed trials that no other one dominates (accuracy up, latency down), fastest first."""
+    """The completed trials that no other one dominates (accuracy up, the study's costs down), cheapest first."""
     trials = trials_frame(study)
-    done = trials[trials["state"] == "COMPLETE"].astype({"accuracy": float, "latency": float})
-    kept = non_dominated(done["accuracy"].to_numpy(), done["latency"].to_numpy())
-    return done[kept].sort_values("latency").reset_index(drop=True)
+    costs = list(study.user_attrs.get("settings", {}).get("objectives", ("accuracy", *COSTS))[1:])
+    done = trials[trials["state"] == "COMPLETE"].astype(dict.fromkeys(["accuracy", *costs], float))
+    kept = non_dominated(done["accuracy"].to_numpy(), done[costs].to_numpy())
+    return done[kept].sort_values(costs[0]).reset_index(drop=True)
+
+
+def cost_intervals(table: pd.DataFrame, costs: Sequence[str] = COSTS) -> NDArray[np.float64]:
+    """[3, rows, costs]: what is minimised, lower and upper ends; a cost without an interval is exact."""
+    ends = [[f"{name}{end}" if f"{name}{end}" in table else name for name in costs] for end in ("", "_low", "_high")]
+    return np.stack([table[columns].to_numpy(dtype=float) for columns in ends])
 
 
 def front_frame(
-    finalists: Sequence[Finalist], figures: Mapping[int, Mapping[str, Any]], sites: Sequence[AttentionSite]
+    finalists: Sequence[Finalist],
+    figures: Mapping[int, Mapping[str, Any]],
+    sites: Sequence[AttentionSite],
+    baseline: Tensor,
+    costs: Sequence[str] = COSTS,
 ) -> pd.DataFrame:
-    """One row per finalist with both objectives and their intervals, fastest first; nothing is chosen yet.
+    """One row per finalist with the objectives and their intervals, fastest first; nothing is chosen yet.
 
-    The front is that of held-out accuracy and side-by-side latency.
+    `on_front` marks the non-dominated points by held-out accuracy and side-by-side latency. Column `front` says how
+    sure that is: `front`, `dominated` (beyond the interval, see `front_statistics.dominance`), or `undecided` (another
+    point dominates it, but by no more than noise explains). `accuracy_change` is the difference to the baseline on the
+    same held-out samples.
 
     Args:
         finalists: re-trained configurations.
         figures: their latencies, by trial number.
         sites: all searchable sites.
+        baseline: held-out scores of the baseline, [N].
+        costs: columns that are minimised.
     """
     names = {site.index: site.name for site in sites}
     rows = []
@@ -97,37 +121,46 @@ def front_frame(
                 "accuracy": finalist.accuracy,
                 "accuracy_low": finalist.accuracy_low,
                 "accuracy_high": finalist.accuracy_high,
-                "validation_accuracy": finalist.validation_accuracy,
+                **dict(zip(CHANGE, map(float, paired_difference(finalist.scores, baseline)), strict=True)),
+                "selection_accuracy": finalist.selection_accuracy,
                 "breakdown": finalist.breakdown,
                 **figures[finalist.number],
                 "config": config.model_dump(mode="json"),
             }
         )
     front = pd.DataFrame(rows)
-    front["on_front"] = non_dominated(front["accuracy"].to_numpy(), front["latency"].to_numpy())
+    intervals = cost_intervals(front, costs)
+    front["on_front"] = non_dominated(front["accuracy"].to_numpy(), intervals[0])
+    _, beyond = dominance([finalist.scores.double().numpy() for finalist in finalists], intervals)
+    unsure = np.where(beyond.any(axis=0), "dominated", "undecided")
+    front["front"] = np.where(front["on_front"], "front", unsure)
     front["chosen"] = False
     return front.sort_values("latency").reset_index(drop=True)
 
 
-def mark_chosen(front: pd.DataFrame, wanted: str, baseline_accuracy: float) -> pd.DataFrame:
-    """Mark the preferred point of the front in column `chosen`.
+def mark_chosen(
+    front: pd.DataFrame, wanted: str, baseline: tuple[float, float], costs: Sequence[str] = COSTS
+) -> pd.DataFrame:
+    """Mark the preferred point in column `chosen`.
 
-    The choice looks at *validation* accuracy, so that the chosen point's held-out figure is not the best of several.
+    Only accuracies on the *selection* samples are looked at, also for what is dominated, so that the chosen point's
+    held-out figure is not the best of several. It may therefore be off the held-out front.
 
     Args:
         front: from `front_frame`.
         wanted: `knee` (largest bulge of the front), or `accuracy=F` for the fastest with at least F × the baseline's.
-        baseline_accuracy: validation accuracy of the adapter-only baseline.
+        baseline: selection accuracy of the adapter-only baseline, and its first cost.
+        costs: columns that are minimised; the first one is weighed against accuracy.
 
     Raises:
-        ConfigError: no point of the front is accurate enough; names the best.
+        ConfigError: no finalist is accurate enough; names the best.
     """
-    candidates = front[front["on_front"]]
-    accuracy, latency = candidates["validation_accuracy"].to_list(), candidates["latency"].to_list()
+    candidates = front[non_dominated(front["selection_accuracy"].to_numpy(), front[list(costs)].to_numpy(dtype=float))]
+    accuracy, cost = candidates["selection_accuracy"].to_list(), candidates[costs[0]].to_list()
     if wanted == "knee":
-        position = knee_point(accuracy, latency, (baseline_accuracy, 1.0))
+        position = knee_point(accuracy, cost, baseline)
     else:
-        position = prefer(accuracy, latency, float(wanted.partition("=")[2]) * baseline_accuracy)
+        position = prefer(accuracy, cost, float(wanted.partition("=")[2]) * baseline[0])
     marked = front.assign(chosen=False)
     marked.loc[candidates.index[position], "chosen"] = True
     return marked

@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from eas_search.exceptions import EasSearchError
 from eas_search.objective import TrialResult
+from eas_search.rungs import Rival
 from eas_search.search_space import SearchSpace
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
@@ -44,6 +45,7 @@ class TrialLoop:
         settings: budget, jobs and time limit are used.
         on_result: called after every completed trial with (number, configuration, result).
         deadline: time.monotonic() value after which no trial starts.
+        known: what is evaluated so far; kept up to date.
     """
 
     study: Study
@@ -52,6 +54,7 @@ class TrialLoop:
     settings: SearchSettings
     on_result: Callable[[int, SkipConfig, TrialResult], None]
     deadline: float | None = None
+    known: dict[SkipConfig, TrialResult] = field(default_factory=dict)
     failures: int = 0
     lost: Counter[SkipConfig] = field(default_factory=Counter)
 
@@ -66,7 +69,7 @@ class TrialLoop:
             TooManyFailures: three trials in a row failed.
         """
         with undisturbed():
-            known = self._known()
+            self.known |= self._known()
             left = min(self.settings.budget, self.space.size) - len(self.completed())
         pending: dict[Future[TrialResult], tuple[Trial, SkipConfig]] = {}
         while left > 0 or pending:
@@ -74,8 +77,8 @@ class TrialLoop:
                 left -= 1
                 with undisturbed():
                     trial, config = self._ask()
-                    if config in known:  # proposed again: the same figures, no second evaluation
-                        self._tell(trial, config, known[config])
+                    if config in self.known:  # proposed again: the same figures, no second evaluation
+                        self._tell(trial, config, self.known[config])
                         continue
                 pending[submit(config)] = (trial, config)
             if not pending:
@@ -85,7 +88,7 @@ class TrialLoop:
                 with undisturbed():
                     finished = self._finish(trial, config, future)
                 if finished:
-                    known[config] = future.result()
+                    self.known[config] = future.result()
                 else:
                     left += 1
 
@@ -111,7 +114,7 @@ class TrialLoop:
         """Tell a finished evaluation; False when it failed."""
         try:
             result = future.result()
-            if not all(math.isfinite(value) for value in (result.accuracy, result.latency)):
+            if not all(map(math.isfinite, (result.latency, *result.values(self.settings.objectives)))):
                 raise ValueError(f"accuracy {result.accuracy}, latency {result.latency}: not finite")
         except Exception as error:  # whatever a model can raise: the trial fails, the search goes on
             if isinstance(error, BrokenExecutor) and self.lost[config] < MAX_WORKERS_LOST:
@@ -136,7 +139,7 @@ class TrialLoop:
 
     def _tell(self, trial: Trial, config: SkipConfig, result: TrialResult) -> None:
         trial.set_user_attr("result", result.to_dict())
-        self.study.tell(trial, [result.accuracy, result.latency])
+        self.study.tell(trial, result.values(self.settings.objectives))
         self.on_result(trial.number, config, result)
 
 
@@ -157,10 +160,13 @@ def run_here(evaluate: Evaluate) -> Callable[[SkipConfig], Future[TrialResult]]:
 _bench: dict[str, Any] = {}
 
 
-def evaluate_in_worker(settings: SearchSettings, folder: Path, config: SkipConfig) -> TrialResult:
+def evaluate_in_worker(
+    settings: SearchSettings, folder: Path, config: SkipConfig, rival: Rival | None = None
+) -> TrialResult:
     """Evaluate in a worker process, which loads the workbench and the kept supernet once."""
     from eas_search.objective import evaluate, set_threads
     from eas_search.plugins import load_plugins
+    from eas_search.prediction import predictor_stage
     from eas_search.stages import StageFolder, supernet_stage
     from eas_search.workbench import Workbench
 
@@ -169,9 +175,12 @@ def evaluate_in_worker(settings: SearchSettings, folder: Path, config: SkipConfi
         set_threads(settings.jobs)
         load_plugins(settings.plugins)
         bench = Workbench.open(settings, folder)
-        _bench[key] = (bench, *supernet_stage(bench, StageFolder(folder / "stages"), None, lambda *_: None))
+        stages = StageFolder(folder / "stages")
+        _bench[key] = (bench, *supernet_stage(bench, stages, None, lambda *_: None))
+        if settings.latency == "predicted":
+            predictor_stage(bench, stages)
     bench, supernet, redundancy = _bench[key]
-    return evaluate(bench, supernet, redundancy, config)
+    return evaluate(bench, supernet, redundancy, config, rival)
 
 
 @contextmanager
@@ -184,8 +193,8 @@ def run_in_workers(settings: SearchSettings, folder: Path):  # type: ignore[no-u
         # would do so too, after waiting for all that is under way.
         return get_reusable_executor(max_workers=settings.jobs, timeout=600)
 
-    def submit(config: SkipConfig) -> Future[TrialResult]:
-        return workers().submit(evaluate_in_worker, settings, folder, config)
+    def submit(config: SkipConfig, rival: Rival | None = None) -> Future[TrialResult]:
+        return workers().submit(evaluate_in_worker, settings, folder, config, rival)
 
     try:
         yield submit

@@ -10,13 +10,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 import eas_search
 from eas_search.exceptions import StorageError
 from eas_search.export import ExportJob, export_student, get_format, usage
 from eas_search.finalists import Finalist
-from eas_search.report.front import REFERENCE, hypervolume
+from eas_search.report.front import REFERENCE, hypervolume, hypervolume_interval
 from eas_search.stages import Baseline
 from eas_search.study.card import model_card
 from eas_search.workbench import Workbench
@@ -37,8 +38,8 @@ INTERVAL_NOTES = (
     "are right or wrong, else Student's of a mean.",
     "Latency: every finalist and the original model timed in one interleaved run in random order; the 95 % interval "
     "says where the ratio of a repeated measurement in another process falls.",
-    "Trials show their validation score after a short fine-tune and a quick timing; finalists were re-trained equally "
-    "and measured again.",
+    "Trials show their validation score after a short fine-tune and a predicted or quickly measured latency; finalists "
+    "were re-trained equally and measured again.",
 )
 
 
@@ -118,6 +119,7 @@ def page_baseline(baseline: Baseline) -> dict[str, Any]:
         "decode_ms": None if baseline.decode_s is None else 1000 * baseline.decode_s,
         "kv_bytes": baseline.kv_bytes,
         "parameters": baseline.parameters,
+        "flops": baseline.flops,
         "latency": 1.0,
     }
 
@@ -130,10 +132,27 @@ def site_rows(bench: Workbench, redundancy: Sequence[float]) -> list[dict[str, A
     ]
 
 
-def front_hypervolume(front: pd.DataFrame) -> float:
-    """Area dominated by the front, relative to accuracy 0 and the original model's latency (1.0)."""
-    kept = front[front["on_front"]]
-    return float(hypervolume(kept["accuracy"].to_numpy(), kept["latency"].to_numpy(), REFERENCE))
+def front_hypervolume(front: pd.DataFrame, finalists: Sequence[Finalist]) -> dict[str, Any]:
+    """Area dominated by the front, relative to accuracy 0 and the original model's latency (1.0), and its interval.
+
+    It is that of accuracy and latency, also where a search has further objectives, so that searches can be compared.
+    """
+    scores = {finalist.number: finalist.scores.double().numpy() for finalist in finalists}
+    latency = front["latency"].to_numpy()
+    low, high = hypervolume_interval([scores[number] for number in front["number"]], latency)
+    area = float(hypervolume(front["accuracy"].to_numpy(), latency, REFERENCE))
+    return {"hypervolume": area, "hypervolume_low": low, "hypervolume_high": high}
+
+
+def objectives_hypervolume(front: pd.DataFrame, objectives: Sequence[str], baseline: Baseline) -> dict[str, float]:
+    """Volume that the front dominates in a study's own objectives, costs as shares of the original model's.
+
+    Empty for accuracy and latency, whose area is `front_hypervolume`.
+    """
+    if tuple(objectives) == ("accuracy", "latency"):
+        return {}
+    costs = np.column_stack([front[name] / getattr(baseline, name) for name in objectives[1:]])
+    return {"objectives_hypervolume": hypervolume(front["accuracy"].to_numpy(), costs)}
 
 
 def conditions(bench: Workbench) -> dict[str, str]:
@@ -143,9 +162,11 @@ def conditions(bench: Workbench) -> dict[str, str]:
     shape = "" if tokens is None else f" of {tokens.shape[-1]} tokens"
     return {
         "score": bench.splits["test"].scoring.metric,
+        "trials' latency": settings.latency,
         "latency": f"prefill of {settings.latency_batch} prompts{shape}, {settings.dtype}, merged model",
         "training samples": str(len(bench.splits["train"])),
         "validation samples": str(len(bench.splits["validation"])),
+        "selection samples": str(len(bench.splits["selection"])),
         "held-out samples": str(len(bench.splits["test"])),
         "trial fine-tune": f"{settings.trial.steps} steps of {settings.trial.batch_size}",
         "finalist fine-tune": f"{settings.final.steps} steps of {settings.final.batch_size}",

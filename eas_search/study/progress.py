@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import le
 from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from eas_search.names import Objective
+from eas_search.objective import TrialResult
+from eas_search.skip_config import SkipConfig
 
 
 @dataclass
@@ -24,6 +30,61 @@ class TrialNews:
     front: int
     best: str
     metric: str = "accuracy"
+    stopped_at: int | None = None
+
+
+@dataclass
+class Tally:
+    """What is told so far, kept so that a further trial costs nothing: how many, the front, the most accurate.
+
+    Trials that were stopped count, but their accuracy is an estimate: they take no part in the rest.
+
+    Attributes:
+        goal: trials at which the search ends.
+        sites: number of searchable sites.
+        metric: name of the score.
+        objectives: accuracy, then costs.
+        done: trials told.
+        front: of the non-dominated trials, minus accuracy and the costs; of equal ones the first.
+        best: the most accurate trial, of equal ones the fastest.
+    """
+
+    goal: int
+    sites: int
+    metric: str = "accuracy"
+    objectives: Sequence[Objective] = ("accuracy", "latency")
+    done: int = 0
+    front: list[tuple[float, ...]] = field(default_factory=list)
+    best: TrialResult | None = None
+
+    def add(self, result: TrialResult) -> None:
+        """Count a trial."""
+        self.done += 1
+        if result.stopped_at is not None:
+            return
+        accuracy, *costs = result.values(self.objectives)
+        point = (-accuracy, *costs)
+        if not any(all(map(le, other, point)) for other in self.front):
+            self.front = [other for other in self.front if not all(map(le, point, other))] + [point]
+        if self.best is None or (result.accuracy, -result.latency) > (self.best.accuracy, -self.best.latency):
+            self.best = result
+
+    def news(self, number: int, config: SkipConfig, result: TrialResult) -> TrialNews:
+        """What to say about the trial that was added last."""
+        assert self.best is not None, "the first trial is never stopped: it has no rival"
+        return TrialNews(
+            done=self.done,
+            budget=self.goal,
+            number=number,
+            skipped=len(config.skip),
+            sites=self.sites,
+            accuracy=result.accuracy,
+            latency=result.latency,
+            front=len(self.front),
+            best=f"{self.best.accuracy:.3f} at {1 / self.best.latency:.2f}×",
+            metric=self.metric,
+            stopped_at=result.stopped_at,
+        )
 
 
 class Display(Protocol):
@@ -77,9 +138,10 @@ class PlainDisplay:
         left = ""
         if news.done > before:
             left = f" | {(now - begin) / (news.done - before) * (news.budget - news.done):.0f} s left"
+        stopped = "" if news.stopped_at is None else f" (stopped after {news.stopped_at} samples)"
         self._say(
             f"trial {news.done}/{news.budget}: {news.skipped} of {news.sites} skipped, {news.metric} "
-            f"{news.accuracy:.3f}, {1 / news.latency:.2f}× | front {news.front} | best {news.best}{left}"
+            f"{news.accuracy:.3f}, {1 / news.latency:.2f}×{stopped} | front {news.front} | best {news.best}{left}"
         )
 
     def note(self, text: str) -> None:

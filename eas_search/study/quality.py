@@ -29,7 +29,7 @@ def metric_quality(
         indexes: of the searchable sites.
         metrics: scores of these sites, in this order, by metric.
     """
-    done = trials[trials["state"] == "COMPLETE"].drop_duplicates(subset=["skip", "pia_dim", "placement"])
+    done = trials[trials["state"] != "FAIL"].drop_duplicates(subset=["skip", "pia_dim", "placement"])
     groups: dict[int, list[tuple[tuple[int, ...], float]]] = {}
     for skip, accuracy in zip(done["skip"], done["accuracy"], strict=True):
         if skip:

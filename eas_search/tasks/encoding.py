@@ -43,7 +43,11 @@ class EncodedSplit:
 
     def subset(self, n: int) -> EncodedSplit:
         """The first n samples (all, if there are fewer)."""
-        return self._rows(torch.arange(min(n, len(self))))
+        return self.part(0, n)
+
+    def part(self, start: int, end: int) -> EncodedSplit:
+        """Samples `start` to `end` (exclusive), as far as there are any."""
+        return self._rows(torch.arange(start, min(end, len(self))))
 
     def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[dict[str, Tensor]]:
         """One pass over all samples, shuffled if a generator is given; the last batch may be smaller.

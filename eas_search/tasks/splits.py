@@ -67,5 +67,31 @@ def complete(
     return splits, note
 
 
+def divided(examples: Sequence[T], first: int | None, second: int | None) -> tuple[list[T], list[T], str | None]:
+    """Two disjoint parts of a validation split, for search and selection, and a sentence if it is too small for both.
+
+    A split that cannot give as many as wanted is divided in the proportion of the wishes; a single example has to serve
+    for both.
+
+    Args:
+        examples: in the order of the split; the first part comes first.
+        first, second: how many are wanted; None: all there are.
+
+    Raises:
+        TaskDataError: there is no example.
+    """
+    count = len(examples)
+    if count == 0:
+        raise TaskDataError("the validation split is empty; expected at least one example: check --data.")
+    wanted = [count if size is None else size for size in (first, second)]
+    if sum(wanted) <= count:
+        return list(examples[: wanted[0]]), list(examples[wanted[0] : sum(wanted)]), None
+    if count == 1:
+        return list(examples), list(examples), "the one validation example serves both search and selection"
+    cut = min(count - 1, max(1, count * wanted[0] // sum(wanted)))
+    note = f"the {count} validation examples are divided: {cut} for the search, {count - cut} for the selection"
+    return list(examples[:cut]), list(examples[cut:]), note
+
+
 def _digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()

@@ -27,6 +27,7 @@ import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import binomtest
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -119,7 +120,20 @@ def identical(setting: str, runs: int, threads: int | None, seed: int) -> dict[s
     for phase in PHASES:
         if interleaved[0][phase] is not None:
             found[phase] = summary([run[phase] for run in interleaved])
+    found["width_over_sequential"] = width_over_sequential(interleaved, one_by_one, seed)
     return found
+
+
+def width_over_sequential(interleaved: list[dict[str, Any]], one_by_one: list[float], seed: int) -> list[float]:
+    """[ratio, low, high]: median width of the prefill intervals over the spread of sequential timing, runs redrawn."""
+    widths = np.array([np.log(run["prefill"]["high"] / run["prefill"]["low"]) for run in interleaved])
+    ratios, rng = np.asarray(one_by_one), np.random.default_rng(seed)
+    drawn = [rng.integers(len(widths), size=len(widths)) for _ in range(2000)]
+    spreads = np.array([spread(ratios[rows]) for rows in drawn])
+    with np.errstate(divide="ignore"):  # of very few runs all may be the same one
+        redrawn = np.array([median(widths[rows]) for rows in drawn]) / spreads
+    low, high = np.quantile(redrawn, [0.025, 0.975])
+    return [median(widths) / spread(one_by_one), float(low), float(high)]
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -132,12 +146,19 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     inner = [r["within_run"] for r in runs]
     return {
         "coverage": covered(low, high),
+        "coverage_interval": list(wilson(covered(low, high), len(runs))),
         "coverage_within_run": covered([i[0] for i in inner], [i[1] for i in inner]),
         "width": median(np.log(high) - np.log(low)),
         "width_within_run": median([np.log(i[1] / i[0]) for i in inner]),
         "spread": spread([r["estimate"] for r in runs]),
         "runs": runs,
     }
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson, 1927)."""
+    found = binomtest(round(share * count), count).proportion_ci(0.95, method="wilson")
+    return float(found.low), float(found.high)
 
 
 def repeated(setting: str, processes: list[list[dict[str, Any]]], phase: str) -> dict[str, Any]:
@@ -217,7 +238,10 @@ def table(found: dict[str, Any]) -> Table:
     for setting, part in found["identical"].items():
         for phase in PHASES:
             if (row := part.get(phase)) is not None:
-                remark = f"sequential spread {100 * part['sequential_spread']:.1f} %" if phase == "prefill" else ""
+                remark = "covered {:.3f} – {:.3f} (95 %)".format(*row["coverage_interval"])
+                if phase == "prefill":
+                    ratio, low, high = part["width_over_sequential"]
+                    remark += f"; width / sequential spread {ratio:.2f} ({low:.2f} – {high:.2f})"
                 cells = (row["coverage"], row["coverage_within_run"], 100 * row["width"], 100 * row["spread"])
                 out.add_row("A/A", setting, phase, *(f"{cell:.3g}" for cell in cells), remark)
     for name, row in found["repeated"].items():

@@ -30,7 +30,9 @@ def main() -> None:
     """Measure, print the table, write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="at most two minutes")
-    quick = parser.parse_args().quick
+    parser.add_argument("--output", type=Path, default=HERE, help="where results/ is")
+    arguments = parser.parse_args()
+    quick = arguments.quick
     config = load_config(HERE)
     settings = SearchSettings(model=config["model"], seed=config["seed"], latency_batch=config["batch_size"])
     bench = Workbench.open(settings)
@@ -71,7 +73,8 @@ def main() -> None:
         "conditions": report.conditions,
         "ratios": rows,
     }
-    print("wrote", write_result(HERE, "quick" if quick else "full", content, bench.hardware).name)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    print("wrote", write_result(arguments.output, "quick" if quick else "full", content, bench.hardware).name)
 
 
 if __name__ == "__main__":

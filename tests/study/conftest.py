@@ -70,7 +70,7 @@ def tiny_values(tiny_model: Path) -> dict[str, Any]:
         "budget": 5,
         "device": "cpu",
         "space": {"pia_dims": [2, 4]},
-        "samples": {"train": 64, "validation": 32, "test": 32, "calibration": 32},
+        "samples": {"train": 64, "validation": 32, "selection": 32, "test": 32, "calibration": 32},
         "student": {"adapter_dim": 2},
         "baseline": brief,
         "supernet": {"training": brief, "bandit_updates": 2, "bandit_batch": 8},
@@ -79,6 +79,8 @@ def tiny_values(tiny_model: Path) -> dict[str, Any]:
         "finalists": 3,
         "latency_batch": 2,
         "trial_latency": quick,
+        "fit_latency": quick,
+        "fit_passes": 1,
         "final_latency": {**quick, "decode_tokens": 1},
     }
 

@@ -133,8 +133,8 @@ def test_an_export_is_no_original_model(export: Path) -> None:
 
 
 def test_a_model_without_all_its_weights_is_refused(export: Path) -> None:
-    """`transformers` fills in what is missing at random and only warns."""
-    with pytest.raises(UnsupportedModelError, match=r"lacks \d+ of the weights"):
+    """`transformers` fills in what is missing at random and only warns; a merged FFN may also be wider."""
+    with pytest.raises(EasSearchError, match=r"lacks \d+ of the weights|weights have other shapes"):
         load_as_model(export)
 
 

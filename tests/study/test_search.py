@@ -19,6 +19,7 @@ import pytest
 import eas_search
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
+from eas_search.study.frames import mark_chosen
 from eas_search.study.outputs import read_json
 from eas_search.study.progress import TrialNews
 
@@ -70,15 +71,45 @@ def test_the_front_has_both_objectives_with_intervals_around_them(finished: Simp
         assert row["on_front"] == (not dominating)
 
 
-def test_the_chosen_point_is_on_the_front_and_exported(finished: SimpleNamespace) -> None:
+def test_the_chosen_point_is_exported_and_chosen_without_a_look_at_held_out_data(finished: SimpleNamespace) -> None:
     front, best = read_json(finished.folder / "pareto.json"), read_json(finished.folder / "best.json")
     assert [row for row in front if row["chosen"]] == [best]
-    assert best["on_front"]
+    other = mark_chosen(pd.DataFrame(front).assign(accuracy=0.0, on_front=False), "knee", (1.0, 1.0))
+    knee = mark_chosen(pd.DataFrame(front), "knee", (1.0, 1.0))
+    assert other["chosen"].tolist() == knee["chosen"].tolist()
+    faster = [row["selection_accuracy"] for row in front if row["latency"] < best["latency"]]
+    assert max(faster, default=0) <= best["selection_accuracy"]
     facts = read_json(finished.folder / "export" / "eas_config.json")
     assert facts["merged"]
     assert facts["skip_config"]["skip"] == best["skip_names"]
     assert facts["about"]["claims"]["accuracy"] == best["accuracy"]
     assert facts["about"]["trial"] == best["number"]
+
+
+def test_every_finalist_is_compared_with_the_baseline_and_with_the_front(finished: SimpleNamespace) -> None:
+    front, summary = read_json(finished.folder / "pareto.json"), read_json(finished.folder / "summary.json")
+    for row in front:
+        assert row["accuracy_change"] == pytest.approx(row["accuracy"] - summary["baseline"]["accuracy"], abs=1e-9)
+        assert row["accuracy_change_low"] < row["accuracy_change_high"]
+        assert (row["front"] == "front") == row["on_front"]
+        assert row["front"] in ("front", "undecided", "dominated")
+    assert summary["undecided"] == [row["number"] for row in front if row["front"] == "undecided"]
+    assert summary["hypervolume_low"] <= summary["hypervolume_high"]  # equal where nothing is faster than the baseline
+
+
+def test_a_race_before_the_finals_is_held_once(
+    search: Callable[..., SimpleNamespace], make_settings: Callable[..., SearchSettings], tmp_path: Path
+) -> None:
+    settings = make_settings(candidates=4, finalists=1, rungs=[])
+    first = search(settings, tmp_path / "run")
+    race = first.result.summary["race"]
+    assert 1 <= race["left"] <= race["candidates"] <= 4
+    assert race["samples_scored"] <= 32 * race["candidates"]
+    assert len(first.result.front) == 1
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "run" / "stages").glob("race-*")}
+    again = search(settings, tmp_path / "run")
+    assert again.result.summary["race"] == race
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run" / "stages").glob("race-*")} == kept
 
 
 def test_the_summary_says_with_what_and_where_it_was_measured(finished: SimpleNamespace) -> None:

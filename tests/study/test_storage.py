@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -102,13 +103,29 @@ def _damage(content: bytes, how: str) -> bytes:
 @pytest.mark.parametrize("how", ["text", "cut", "header", "pages"])
 def test_a_damaged_storage_is_refused_in_one_line_and_left_as_it_is(tmp_path: Path, how: str) -> None:
     path = tmp_path / "study.db"
-    create_study(SearchSettings(), tmp_path, "s")._storage.remove_session()
+    with only_writer(tmp_path):
+        create_study(SearchSettings(), tmp_path, "s")._storage.remove_session()
     damaged = _damage(path.read_bytes(), how)
     path.write_bytes(damaged)
     with pytest.raises(StorageError, match=r"study\.db.* is damaged") as error:
         create_study(SearchSettings(), tmp_path, "s")
     assert "\n" not in str(error.value)
     assert path.read_bytes() == damaged
+
+
+def test_a_commit_does_not_wait_for_the_disk_and_the_file_is_whole_after_a_run(tmp_path: Path) -> None:
+    """The database file alone, as somebody may copy it, holds what was told while the writer's connection is open."""
+    with only_writer(tmp_path):
+        study = create_study(SearchSettings(), tmp_path, "s")
+        backend: Any = study._storage
+        with backend._backend.engine.connect() as connection:
+            modes = [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("journal_mode", "synchronous")]
+        assert modes == ["wal", 1]  # 1: NORMAL
+        study.set_user_attr("mark", "told")
+        assert (tmp_path / "study.db-wal").stat().st_size > 0
+    (tmp_path / "copy").mkdir()
+    shutil.copy(tmp_path / "study.db", tmp_path / "copy")
+    assert optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path}/copy/study.db").user_attrs["mark"] == "told"
 
 
 def test_a_database_of_another_program_is_left_as_it_is(tmp_path: Path) -> None:

@@ -82,6 +82,12 @@ class MeterModel(MeterPreTrainedModel):
         """Replace the word embeddings."""
         self.text_model.set_input_embeddings(value)
 
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """The image stream before token types, [N, p, d], of images [N, 3, H, W]."""
+        patches = self.vision_model(pixel_values=pixel_values).last_hidden_state
+        stream: Tensor = self.cross_modal_image_transform(self.vision_model.post_layernorm(patches))
+        return stream
+
     def forward(
         self,
         input_ids: Tensor,
@@ -103,8 +109,7 @@ class MeterModel(MeterPreTrainedModel):
             raise ValueError(f"pixel_values has {m} images per text, expected num_images = {self.config.num_images}")
         text = self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         text = self.cross_modal_text_transform(text).repeat_interleave(m, dim=0)
-        patches = self.vision_model(pixel_values=images.flatten(0, 1)).last_hidden_state
-        image = self.cross_modal_image_transform(self.vision_model.post_layernorm(patches))
+        image = self.get_image_features(images.flatten(0, 1))
         if len(input_ids) != len(images):
             of_text = image.unflatten(0, images.shape[:2])
             image = of_text.repeat_interleave(len(input_ids) // len(images), dim=0).flatten(0, 1)

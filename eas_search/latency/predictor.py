@@ -1,0 +1,185 @@
+"""`LatencyPredictor`: the time of any skip configuration from a few that were measured.
+
+Attentions of one class (see `site_classes`) cost the same wherever they sit, so that a prefill takes
+
+    t(k) / t_baseline = base + sum over classes c and forms f of k_cf (δ_cf + ε_cf · rank) + sum over c of ζ_c k_c²
+
+with k_cf sites of class c skipped in form f (a placement, or plain deletion), δ what one of them saves less what its
+PIA costs, ε the PIA's cost per rank, and ζ the little by which caches and what is done once per pass bend the line. It
+is the law S(k) = 1 / (1 - a k/L) of whole-sublayer deletion with the stand-ins' cost added.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+from torch import nn
+
+from eas_search.architectures import AttentionSite
+from eas_search.exceptions import EasSearchError
+from eas_search.skip_config import SkipConfig
+
+Row = dict[str, float]
+
+
+def site_classes(model: nn.Module, sites: Sequence[AttentionSite]) -> dict[int, str]:
+    """Name of its class by index of a site: same stack, kind of attention, shapes of the block, and window."""
+    named: dict[tuple[Any, ...], str] = {}
+    classes = {}
+    for site in sites:
+        shapes = tuple((name, tuple(p.shape)) for name, p in model.get_submodule(site.block).named_parameters())
+        window = getattr(model.get_submodule(site.name), "sliding_window", None)
+        key = (site.stack, site.pattern.name, site.kind, shapes, window)
+        if key not in named:
+            name = f"{site.tower} {site.kind}"
+            alike = sum(known.startswith(name) for known in named.values())
+            named[key] = f"{name} {alike + 1}" if alike else name
+        classes[site.index] = named[key]
+    return classes
+
+
+def terms_of(config: SkipConfig, classes: Mapping[int, str]) -> Row:
+    """A configuration as one row of the model above: how often each of its terms occurs."""
+    form = config.placement if config.pia_dim else "deleted"
+    row = {"base": 1.0}
+    for name, count in Counter(classes[int(index)] for index in config.skip).items():
+        row[f"{name}, {form}"] = float(count)
+        row[f"{name}, {form}, rank"] = float(count * config.pia_dim)
+        row[f"{name}, squared"] = float(count**2)
+    return row
+
+
+def independent_terms(rows: Sequence[Row]) -> list[str]:
+    """The terms that `rows` tell apart; one that always goes with others, like the only rank there is, is left out."""
+    kept: list[str] = []
+    for term in sorted({term for row in rows for term in row}, key=lambda term: (term.count(","), "squared" in term)):
+        if np.linalg.matrix_rank(_matrix(rows, [*kept, term])) > len(kept):
+            kept.append(term)
+    return kept
+
+
+def _matrix(rows: Sequence[Row], terms: Sequence[str]) -> NDArray[np.float64]:
+    """Shape (rows, terms); columns are scaled to a largest entry of 1, or ranks of 256 would drown the rest."""
+    matrix = np.array([[row.get(term, 0.0) for term in terms] for row in rows])
+    return matrix / np.abs(matrix).max(axis=0, initial=1e-300)
+
+
+@dataclass(frozen=True)
+class LatencyPredictor:
+    """A fitted predictor of the ratio of a merged model's prefill time to the original model's.
+
+    Attributes:
+        coefficients: of the terms that were told apart.
+        known: all terms that occurred among the measured configurations.
+        spread: covariance of the coefficients for a residual variance of 1, in the order of `coefficients`.
+        residual_sd: standard deviation of the relative residuals.
+        freedom: degrees of freedom behind it.
+        errors: predicted / measured - 1 of every measured configuration, from a fit to all the others.
+        confidence: of the intervals.
+        process_sd: see `LatencyConfig`.
+    """
+
+    coefficients: dict[str, float]
+    known: tuple[str, ...]
+    spread: tuple[tuple[float, ...], ...]
+    residual_sd: float
+    freedom: int
+    errors: tuple[float, ...]
+    confidence: float = 0.95
+    process_sd: float = 0.0
+
+    @property
+    def leave_one_out(self) -> float:
+        """Mean absolute relative error on a measured configuration of a fit that did not see it."""
+        return float(np.abs(self.errors).mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Root mean square of the relative standard errors of the fitted ratios."""
+        return float(self.residual_sd * np.sqrt(len(self.coefficients) / len(self.errors)))
+
+    def describe(self) -> str:
+        """One line on how good it is."""
+        return (
+            f"Latency of trials is predicted from {len(self.errors)} measured ones; leave-one-out error "
+            f"{100 * self.leave_one_out:.1f} % on average, {100 * max(map(abs, self.errors)):.1f} % at most"
+        )
+
+    def predict(self, row: Row) -> tuple[float, float, float]:
+        """(ratio, low, high): the interval is for a measurement like those that were fitted, in another process.
+
+        Raises:
+            EasSearchError: a term that no measured configuration has, or a ratio that is not positive.
+        """
+        unknown = row.keys() - set(self.known)
+        x = np.array([row.get(term, 0.0) for term in self.coefficients])
+        ratio = float(x @ np.array(list(self.coefficients.values())))
+        if unknown or ratio <= 0:
+            why = f"nothing like {sorted(unknown)[0]!r} was measured" if unknown else f"the fit gives {ratio:.3g}"
+            raise EasSearchError(
+                f"latency cannot be predicted: {why}; expected a ratio above 0: use --latency measured"
+            )
+        relative = x / ratio
+        tail = (1 + self.confidence) / 2
+        fit = self.residual_sd * np.sqrt(1 + relative @ np.array(self.spread) @ relative)
+        process = float(stats.norm.ppf(tail)) * self.process_sd * 2**0.5
+        half = float(np.hypot(stats.t.ppf(tail, self.freedom) * fit, process))
+        return ratio, ratio * float(np.exp(-half)), ratio * float(np.exp(half))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LatencyPredictor:
+        """Inverse of `to_dict`, also after JSON has made lists of tuples."""
+        spread = tuple(tuple(line) for line in values["spread"])
+        return cls(**{**values, "known": tuple(values["known"]), "spread": spread, "errors": tuple(values["errors"])})
+
+
+def fit_predictor(
+    rows: Sequence[Row], ratios: Sequence[float], confidence: float = 0.95, process_sd: float = 0.0
+) -> LatencyPredictor:
+    """Least squares of the relative errors, because timings scatter in proportion to what they measure.
+
+    Args:
+        rows: measured configurations, from `terms_of`.
+        ratios: their measured times over the baseline's.
+        confidence: of the predictor's intervals.
+        process_sd: standard deviation of the log ratio between processes, as in `LatencyConfig`.
+
+    Raises:
+        ValueError: no more rows than independent terms, so that nothing would say how good the fit is.
+    """
+    terms, measured = independent_terms(rows), np.asarray(ratios, dtype=np.float64)
+    freedom = len(rows) - len(terms)
+    if freedom < 1:
+        raise ValueError(f"{len(rows)} measured configurations for {len(terms)} terms; expected more of them")
+    raw = np.array([[row.get(term, 0.0) for term in terms] for row in rows])
+    scale = raw.max(axis=0)
+    relative = raw / scale / measured[:, None]  # times the coefficients: predicted / measured
+
+    def solve(index: NDArray[np.intp]) -> NDArray[np.float64]:
+        return np.asarray(np.linalg.lstsq(relative[index], np.ones(len(index)), rcond=None)[0])
+
+    every = np.arange(len(rows))
+    found = solve(every)
+    residuals = relative @ found - 1
+    errors = tuple(float(relative[i] @ solve(np.delete(every, i)) - 1) for i in every)
+    spread = np.linalg.inv(relative.T @ relative) / np.outer(scale, scale)
+    return LatencyPredictor(
+        coefficients=dict(zip(terms, (found / scale).tolist(), strict=True)),
+        known=tuple(sorted({term for row in rows for term in row})),
+        spread=tuple(map(tuple, spread.tolist())),
+        residual_sd=float(np.sqrt(residuals @ residuals / freedom)),
+        freedom=freedom,
+        errors=errors,
+        confidence=confidence,
+        process_sd=process_sd,
+    )

@@ -1,0 +1,142 @@
+"""The stage that fits the latency predictor: a few configurations are built, merged and timed; it is done once."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from eas_search.latency import measure_latency
+from eas_search.latency.predictor import (
+    LatencyPredictor,
+    Row,
+    fit_predictor,
+    independent_terms,
+    site_classes,
+    terms_of,
+)
+from eas_search.merging import merge
+from eas_search.search_space import SearchSpace
+from eas_search.skip_config import SkipConfig
+from eas_search.skipping import apply_skips
+from eas_search.stages import StageFolder
+from eas_search.workbench import Workbench
+
+TOGETHER_BYTES = 2**30  # models that hold more in all are timed one after the other, each against the original
+PRECISE = 0.02  # standard error of predictions at which no further pass is measured
+SPARE = 3  # measured configurations beyond the number of terms, which say how good the fit is
+
+
+def measured_configs(space: SearchSpace, classes: Mapping[int, str]) -> list[SkipConfig]:
+    """What a predictor for `space` is fitted to.
+
+    Nothing skipped; per class and placement a third of its sites and all of them with the smallest rank, two thirds and
+    all of them with the largest; everything at once where there are several classes. Rank 0, plain deletion, is a form
+    of its own. Where that is too little to say how good the fit is, each is measured more often.
+
+    Args:
+        space: the search space.
+        classes: of its sites, by index.
+    """
+    members: dict[str, list[int]] = defaultdict(list)
+    for site in space.sites:
+        members[classes[site.index]].append(site.index)
+    every, dims = space.config(()), space.choices.pia_dims
+    ranks = sorted(range(len(dims)), key=lambda position: dims[position])
+    kept = [position for position in ranks if dims[position]]
+    forms = [(kept[0], kept[-1], place) for place in range(len(space.choices.placements))] if kept else []
+    forms += [(ranks[0], ranks[0], 0)] if dims[ranks[0]] == 0 else []
+    found = [every]
+    for own in members.values():
+        for smallest, largest, place in forms:
+            for dim, share in ((smallest, 1 / 3), (smallest, 1.0), (largest, 2 / 3), (largest, 1.0)):
+                count = math.ceil(share * len(own))
+                spread = [own[i * len(own) // count] for i in range(count)]
+                found.append(space.config(spread, dim, place))
+    if len(members) > 1:
+        found.append(space.config([site.index for site in space.sites]))
+    found = list(dict.fromkeys(found))
+    terms = len(independent_terms([terms_of(config, classes) for config in found]))
+    return found * math.ceil((terms + SPARE) / len(found))
+
+
+def predictor_stage(bench: Workbench, folder: StageFolder) -> LatencyPredictor:
+    """The predictor of this model, space and timed batch, kept in `folder`; the workbench then has it, too.
+
+    Raises:
+        EasSearchError: a configuration does not fit the model, or a model cannot be timed.
+    """
+    kept = folder.read("predictor")
+    content: dict[str, Any] = {} if kept is None else kept[0]
+    if kept is None:
+        begin = time.perf_counter()
+        classes = site_classes(bench.model, bench.sites)
+        configs, latency = measured_configs(bench.space, classes), bench.settings.fit_latency
+        rows, ratios = list[Row](), list[float]()
+        for _ in range(bench.settings.fit_passes):
+            rows += [terms_of(config, classes) for config in configs]
+            ratios += _ratios(bench, configs)
+            fitted = fit_predictor(rows, ratios, latency.confidence, latency.process_sd)
+            if fitted.standard_error <= PRECISE:
+                break
+        content = {
+            "predictor": fitted.to_dict(),
+            "measured": [{**row, "ratio": ratio} for row, ratio in zip(rows, ratios, strict=True)],
+            "seconds": time.perf_counter() - begin,
+        }
+        folder.write("predictor", content, {})
+    bench.predictor = LatencyPredictor.from_dict(content["predictor"])
+    return bench.predictor
+
+
+def _ratios(bench: Workbench, configs: Sequence[SkipConfig]) -> list[float]:
+    """Prefill time over the original model's, of every configuration merged; untrained, which changes no shape."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in bench.model.parameters())
+    together = len(configs) if size * (1 + len(configs)) < TOGETHER_BYTES else 1
+    ratios, inputs = [], bench.latency_inputs()
+    for start in range(0, len(configs), together):
+        group = enumerate(configs[start : start + together])
+        models = {str(position): merge(apply_skips(bench.model, config)).eval() for position, config in group}
+        with bench.quiet.exclusive():
+            report = measure_latency(models, inputs, baseline=bench.model, config=bench.settings.fit_latency)
+        ratios += [report[name].prefill.ratio.estimate for name in models]
+    return ratios
+
+
+def finalists_errors(bench: Workbench, front: pd.DataFrame) -> dict[int, float]:
+    """Predicted / measured - 1 of the finalists, by trial number; `front` has columns number, config and latency."""
+    rows = zip(front["number"], front["config"], front["latency"], strict=True)
+    return {
+        int(number): bench.predicted_latency(SkipConfig(**config))[0] / float(latency) - 1
+        for number, config, latency in rows
+    }
+
+
+def describe_errors(errors: Mapping[int, float]) -> str:
+    """One line on how well the finalists' latencies had been predicted."""
+    sizes = [abs(error) for error in errors.values()]
+    return (
+        f"Predicted against measured latency of the {len(sizes)} finalists: {100 * sum(sizes) / len(sizes):.1f} % off "
+        f"on average, {100 * max(sizes):.1f} % at most"
+    )
+
+
+def prediction_report(bench: Workbench, folder: StageFolder, front: pd.DataFrame) -> dict[str, Any]:
+    """How the latencies of trials came about, for `summary.json`; errors are relative, seconds are those of the fit."""
+    kept = folder.read("predictor")
+    if bench.settings.latency == "measured" or kept is None:
+        return {"trials": "measured"}
+    fitted, errors = LatencyPredictor.from_dict(kept[0]["predictor"]), finalists_errors(bench, front)
+    return {
+        "trials": "predicted",
+        "measured_models": len(fitted.errors),
+        "standard_error": fitted.standard_error,
+        "seconds": kept[0]["seconds"],
+        "leave_one_out_error": fitted.leave_one_out,
+        "finalists_mape": sum(map(abs, errors.values())) / len(errors),
+        "finalists_errors": {str(number): error for number, error in errors.items()},
+    }

@@ -1,0 +1,117 @@
+"""The trials of a search, from the ranking's prefixes to the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from optuna.study import Study
+
+from eas_search.names import Objective
+from eas_search.objective import TrialResult, evaluate
+from eas_search.rungs import Rival, kept_attentions, strongest_rival
+from eas_search.samplers import make_sampler, ranking_prefixes
+from eas_search.settings import SearchSettings
+from eas_search.skip_config import SkipConfig
+from eas_search.stages import StageFolder
+from eas_search.study.loop import TrialLoop, run_here, run_in_workers
+from eas_search.study.progress import Display, Tally
+from eas_search.study.storage import undisturbed
+from eas_search.supernet import Supernet
+from eas_search.workbench import Workbench
+
+# What `kept_attentions` foretells; with other objectives a trial that has lost in these may still win.
+FORETOLD: frozenset[Objective] = frozenset({"accuracy", "latency", "kv_bytes"})
+
+
+@dataclass
+class Trials:
+    """The stage of a search that asks, evaluates and tells.
+
+    Attributes:
+        study: with its storage.
+        bench: model, samples and search space.
+        supernet: from which every student inherits.
+        redundancy: scores of the searchable sites.
+        folder: the output folder, shared with the workers.
+        display: gets the news.
+    """
+
+    study: Study
+    bench: Workbench
+    supernet: Supernet
+    redundancy: list[float]
+    folder: Path
+    display: Display
+    tally: Tally = field(init=False)
+
+    def __post_init__(self) -> None:
+        # A small space ends before the budget does: nothing is evaluated twice.
+        goal = min(self.settings.budget, self.bench.space.size)
+        metric, objectives = self.bench.splits["test"].scoring.metric, self.settings.objectives
+        self.tally = Tally(goal, len(self.bench.sites), metric, objectives)
+
+    @property
+    def settings(self) -> SearchSettings:
+        """Of the search."""
+        return self.bench.settings
+
+    def rankings(self) -> dict[str, list[float]]:
+        """What the proposals start from: the settings' ranking, and for `eas` every other recorded metric behind it."""
+        rankings = {self.settings.ranking: self.redundancy}
+        record = StageFolder(self.folder / "stages").read("supernet") if self.settings.sampler == "eas" else None
+        others = {} if record is None else record[0]["metrics"]
+        return {**rankings, **{name: one for name, one in others.items() if name not in ("random", *rankings)}}
+
+    def run(self, deadline: float | None = None) -> int:
+        """Trials until the budget, the end of the space, or `deadline` (time.monotonic()); returns how many there are.
+
+        Raises:
+            TooManyFailures: three trials in a row failed.
+        """
+        settings, space = self.settings, self.bench.space
+        with undisturbed():
+            known = self._queue_prefixes()
+        sampler = make_sampler(settings.sampler, space, self.rankings(), settings.seed, known, settings.supernet.bandit)
+        self.study.sampler = sampler
+        loop = TrialLoop(self.study, space, sampler, settings, self._news, deadline)
+        for trial in loop.completed():
+            self.tally.add(TrialResult(**trial.user_attrs["result"]))
+        if self.tally.done < self.tally.goal:
+            self.display.stage(f"Trials: {self.tally.done} of {self.tally.goal} done")
+            rival = self._rivals(loop)
+            if settings.jobs == 1:
+                here = run_here(lambda c: evaluate(self.bench, self.supernet, self.redundancy, c, rival(c)))
+                loop.run(here, 1)
+            else:
+                with run_in_workers(settings, self.folder) as submit:
+                    loop.run(lambda config: submit(config, rival(config)), settings.jobs)
+            with undisturbed():  # of the last run that added trials: a later one has nothing to say about them
+                self.study.set_user_attr("caches", self.bench.caches.report())
+        return self.tally.done
+
+    def _rivals(self, loop: TrialLoop) -> Callable[[SkipConfig], Rival | None]:
+        """Whom a configuration has to beat, by what is known when it is asked for."""
+        if not self.settings.rungs or not FORETOLD.issuperset(self.settings.objectives):
+            return lambda config: None
+        cost = kept_attentions(self.bench.sites)
+        return lambda config: strongest_rival(loop.known.items(), config, cost)
+
+    def _queue_prefixes(self) -> int:
+        """Queue the rankings' prefixes that are not in the study yet; returns how many trials it had.
+
+        A kill may have come between two of them. Their number follows from the study's first budget, not a later one.
+        """
+        trials = self.study.get_trials(deepcopy=False)
+        queued = [trial.system_attrs.get("fixed_params") for trial in trials]
+        first_budget = self.study.user_attrs["settings"]["budget"]
+        for config in ranking_prefixes(self.bench.space, self.rankings(), max(1, first_budget // 3)):
+            params = self.bench.space.to_params(config)
+            if params not in queued:
+                self.study.enqueue_trial(params, user_attrs={"origin": "ranking prefix"})
+        return len(trials)
+
+    def _news(self, number: int, config: SkipConfig, result: TrialResult) -> None:
+        self.tally.add(result)
+        self.display.trial(self.tally.news(number, config, result))

@@ -1,0 +1,190 @@
+"""The latency predictor against timings that were made up from known costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+from transformers import (
+    CLIPVisionConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from eas_search import prediction
+from eas_search.architectures import attention_sites
+from eas_search.exceptions import EasSearchError
+from eas_search.latency.predictor import LatencyPredictor, fit_predictor, site_classes, terms_of
+from eas_search.prediction import measured_configs
+from eas_search.search_space import SearchSpace
+from eas_search.settings import SearchSettings, SpaceSettings
+from eas_search.skip_config import SkipConfig
+from eas_search.stages import StageFolder
+
+# Milliseconds: the whole model, one attention of each tower, and what a PIA costs at each placement and per rank.
+MODEL, ATTENTION = 20.0, {"text": 0.7, "vision": 0.3}
+PIA = {"parallel": (0.02, 0.004), "ffn": (0.01, 0.003)}
+TEXT = range(12)
+
+
+def made_up(config: SkipConfig) -> float:
+    """Time over the original model's, which has no adapters and takes 1 ms less."""
+    time = MODEL + 1.0
+    for index in config.skip:
+        time -= ATTENTION["text" if index in TEXT else "vision"]
+        if config.pia_dim:
+            per_site, per_rank = PIA[config.placement]
+            time += per_site + per_rank * config.pia_dim
+    return time / MODEL
+
+
+def make_space(sites: int = 18, dims: tuple[int, ...] = (4, 8, 16), placements: Any = ("parallel", "ffn")) -> Any:
+    found = tuple(SimpleNamespace(index=i, tower="text" if i in TEXT else "vision") for i in range(sites))
+    space = SearchSpace(found, SpaceSettings(pia_dims=dims, placements=placements), SkipConfig(adapter_dim=2))  # type: ignore[arg-type]
+    return space, {site.index: f"{site.tower} self" for site in found}
+
+
+def fit(space: SearchSpace, classes: dict[int, str], noise: float = 0.0, seed: int = 0) -> LatencyPredictor:
+    rng, configs = np.random.default_rng(seed), measured_configs(space, classes)
+    ratios = [made_up(config) * float(np.exp(rng.normal(0, noise))) for config in configs]
+    return fit_predictor([terms_of(config, classes) for config in configs], ratios)
+
+
+@pytest.mark.parametrize("sites", [1, 2, 3, 12, 18])
+@pytest.mark.parametrize("dims", [(4, 8, 16), (8,), (0,), (0, 8), (0, 4, 16)])
+@pytest.mark.parametrize("placements", [("parallel", "ffn"), ("ffn",)])
+def test_a_linear_model_is_recovered_exactly(sites: int, dims: tuple[int, ...], placements: Any) -> None:
+    space, classes = make_space(sites, dims, placements)
+    predictor, rng = fit(space, classes), np.random.default_rng(1)
+    assert predictor.leave_one_out < 1e-6
+    for _ in range(50):
+        skip = rng.choice(sites, size=rng.integers(sites + 1), replace=False)
+        config = space.config([int(i) for i in skip], int(rng.integers(len(dims))), int(rng.integers(len(placements))))
+        ratio, low, high = predictor.predict(terms_of(config, classes))
+        assert ratio == pytest.approx(made_up(config), rel=1e-6)
+        assert low <= ratio * (1 + 1e-9)
+        assert ratio <= high * (1 + 1e-9)
+
+
+def test_known_costs_come_out_in_their_units() -> None:
+    space, classes = make_space(12)
+    # 12 sites of 0.7 ms replaced by 16 ranks of 0.003 ms and 0.01 ms, of a model of 20 ms: (21 - 12 · 0.642) / 20
+    ratio, _, _ = fit(space, classes).predict(terms_of(space.config(list(TEXT), 2, 1), classes))
+    assert ratio == pytest.approx(0.6648)
+
+
+def test_few_configurations_are_measured_and_they_reach_the_corners() -> None:
+    space, classes = make_space(12)
+    configs = measured_configs(space, classes)
+    assert len(configs) == 9
+    assert {(len(c.skip), c.pia_dim, c.placement) for c in configs} == {
+        (0, 4, "parallel"),
+        *((count, 4, place) for count in (4, 12) for place in ("parallel", "ffn")),
+        *((count, 16, place) for count in (8, 12) for place in ("parallel", "ffn")),
+    }
+    space, classes = make_space(18)
+    towers = [{classes[int(index)] for index in config.skip} for config in measured_configs(space, classes)]
+    assert [towers.count(set(names)) for names in ((), ("text self",), ("vision self",))] == [1, 8, 8]
+    assert len(measured_configs(space, classes)[-1].skip) == len(towers) == 18  # the last one skips everything
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.03])
+def test_the_interval_covers_a_new_measurement(noise: float) -> None:
+    space, classes = make_space(12)
+    inside = total = 0
+    for seed in range(40):
+        predictor, rng = fit(space, classes, noise, seed), np.random.default_rng([seed, 1])
+        for _ in range(10):
+            skip = [int(i) for i in rng.choice(12, size=rng.integers(1, 13), replace=False)]
+            config = space.config(skip, int(rng.integers(3)), int(rng.integers(2)))
+            _, low, high = predictor.predict(terms_of(config, classes))
+            inside += low <= made_up(config) * float(np.exp(rng.normal(0, noise))) <= high
+            total += 1
+    assert stats.binomtest(inside, total).proportion_ci(0.999).high > 0.95
+    assert inside / total > 0.9
+
+
+def test_the_reported_error_is_that_of_fits_that_did_not_see_the_point() -> None:
+    rows = [{"base": 1.0, "a, ffn": float(count)} for count in (0, 2, 5, 5, 9, 12)]
+    ratios = [1.0, 0.93, 0.83, 0.86, 0.69, 0.61]
+    counts, measured = np.array([row["a, ffn"] for row in rows]), np.array(ratios)
+    expected = []
+    for i in range(len(rows)):
+        others = np.arange(len(rows)) != i
+        line = np.polyfit(counts[others], measured[others], 1, w=1 / measured[others])
+        expected.append(np.polyval(line, counts[i]) / measured[i] - 1)
+    predictor = fit_predictor(rows, ratios)
+    assert predictor.errors == pytest.approx(expected)
+    assert predictor.leave_one_out == pytest.approx(np.mean(np.abs(expected)))
+    assert predictor.freedom == 4
+    line = np.polyval(np.polyfit(counts, measured, 1, w=1 / measured), counts)
+    assert predictor.residual_sd == pytest.approx(np.sqrt(((line / measured - 1) ** 2).sum() / 4))
+    assert predictor.standard_error == pytest.approx(predictor.residual_sd * (2 / 6) ** 0.5)
+
+
+def test_a_predictor_survives_json() -> None:
+    space, classes = make_space(18)
+    predictor = fit(space, classes, noise=0.02)
+    again = LatencyPredictor.from_dict(json.loads(json.dumps(predictor.to_dict())))
+    assert again == predictor
+    row = terms_of(space.config([1, 5, 14], 1, 1), classes)
+    assert again.predict(row) == predictor.predict(row)
+
+
+def test_what_cannot_be_predicted_is_refused_in_one_line() -> None:
+    space, classes = make_space(12, placements=("ffn",))
+    predictor = fit(space, classes)
+    other = space.config([3]).model_copy(update={"placement": "residual"})
+    with pytest.raises(EasSearchError, match=r"nothing like 'text self, residual' was measured.*--latency measured"):
+        predictor.predict(terms_of(other, classes))
+    steep = fit_predictor([{"base": 1.0, "a, ffn": float(k)} for k in (0, 1, 2, 3)], [1.0, 0.8, 0.6, 0.4])
+    with pytest.raises(EasSearchError, match="the fit gives"):
+        steep.predict({"base": 1.0, "a, ffn": 6.0})
+    with pytest.raises(ValueError, match="2 measured configurations for 2 terms"):
+        fit_predictor([{"base": 1.0}, {"base": 1.0, "a, ffn": 1.0}], [1.0, 0.9])
+
+
+def test_classes_are_towers_shapes_and_windows() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    text = LlamaConfig(**sizes, num_hidden_layers=3, vocab_size=64)
+    vision = CLIPVisionConfig(**sizes, num_hidden_layers=2, image_size=16, patch_size=8)
+    llava = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=63))
+    found = site_classes(llava, attention_sites(llava))
+    assert list(found.values()) == ["text self"] * 3 + ["vision self"] * 2
+    odd = LlamaForCausalLM(text)
+    odd.model.layers[1] = type(odd.model.layers[1])(LlamaConfig(**{**sizes, "intermediate_size": 48}), 1)
+    assert list(site_classes(odd, attention_sites(odd)).values()) == ["text self", "text self 2", "text self"]
+    config = Gemma2Config(**sizes, num_hidden_layers=4, vocab_size=64, head_dim=8, num_key_value_heads=1)
+    gemma = Gemma2ForCausalLM(config)  # every other layer has a sliding window
+    assert list(site_classes(gemma, attention_sites(gemma)).values()) == ["text self", "text self 2"] * 2
+
+
+@pytest.mark.parametrize(("noise", "passes"), [(0.001, 1), (0.3, 3)])
+def test_a_noisy_machine_is_measured_again(
+    noise: float, passes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    space, classes = make_space(12)
+    settings = SearchSettings(fit_passes=3)
+    bench: Any = SimpleNamespace(model=None, sites=space.sites, space=space, settings=settings, predictor=None)
+    rng, calls = np.random.default_rng(0), list[int]()
+
+    def measure(_: Any, configs: list[SkipConfig]) -> list[float]:
+        calls.append(len(configs))
+        return [made_up(config) * float(np.exp(rng.normal(0, noise))) for config in configs]
+
+    monkeypatch.setattr(prediction, "_ratios", measure)
+    monkeypatch.setattr(prediction, "site_classes", lambda *_: classes)
+    fitted = prediction.predictor_stage(bench, StageFolder(tmp_path))
+    assert calls == [9] * passes
+    assert len(fitted.errors) == 9 * passes
+    assert prediction.predictor_stage(bench, StageFolder(tmp_path)) == bench.predictor == fitted  # kept, not measured
+    assert calls == [9] * passes
