@@ -61,7 +61,7 @@ class PrefixCache:
     full: bool = False
     _own: set[tuple[object, ...]] = field(default_factory=set, repr=False)
     _states: OrderedDict[Key, _State] = field(default_factory=OrderedDict, repr=False)
-    _seen: set[bytes] = field(default_factory=set, repr=False)
+    _seen: dict[bytes, bytes] = field(default_factory=dict, repr=False)  # by block: the first stack that had it
     _models: int = field(default=0, repr=False)
 
     @classmethod
@@ -86,7 +86,8 @@ class PrefixCache:
         finally:
             for one in passes:
                 one.detach()
-                self._seen.update(one.states)
+                for state in one.states:
+                    self._seen.setdefault(state, one.whole)
 
     def give_up(self, reason: str) -> None:
         """Keep nothing from now on."""
@@ -115,11 +116,16 @@ class PrefixCache:
         self._states[key] = _State(stream.clone(), self._models)
         self.held += stream.nbytes
 
-    def examine(self, block: nn.Module) -> tuple[bytes, bool]:
-        """(digest of all that decides what a block computes, whether other models will have such a block).
+    def recurs(self, state: bytes, frozen: bool, whole: bytes) -> bool:
+        """Whether other stacks will have a block, known by `examine`, of the stack `whole`.
 
-        They will if it holds nothing but the original model's weights, or if one of them had it.
+        They will if it holds nothing but the original model's weights, or if another one had it: a trained student
+        that is scored twice says nothing about others.
         """
+        return frozen or self._seen.get(state, whole) != whole
+
+    def examine(self, block: nn.Module) -> tuple[bytes, bool]:
+        """(digest of all that decides what a block computes, whether it holds nothing but the original's weights)."""
         parts = []
         for name, module in block.named_modules():
             config = vars(module).get("eas_config")
@@ -131,7 +137,7 @@ class PrefixCache:
         places = [_place(tensor) for tensor in tensors]
         foreign = [tensor for tensor, place in zip(tensors, places, strict=True) if place not in self._own]
         digest = _digest(parts, [place for place in places if place in self._own], fingerprint(foreign))
-        return digest, not foreign or digest in self._seen
+        return digest, not foreign
 
 
 class _StackPass:
@@ -144,11 +150,13 @@ class _StackPass:
         self.contexts = {id(m.eas_context): m.eas_context for m in stack.modules() if isinstance(m, StudentPart)}
         examined = [cache.examine(block) for block in self.blocks]
         self.states = [state for state, _ in examined]
+        self.whole = _digest(self.states)
+        recurring = [cache.recurs(state, frozen, self.whole) for state, frozen in examined]
         # Of what is computed in front of each block; whether the stream that enters it is worth keeping.
         self.prefixes, self.kept = [b""], [False]
-        for i, (state, _) in enumerate(examined[:-1]):
+        for i, state in enumerate(self.states[:-1]):
             self.prefixes.append(_digest(self.prefixes[-1], state))
-            self.kept.append(all(recurs for _, recurs in examined[: i + 1]))
+            self.kept.append(all(recurring[: i + 1]))
         self.entered: bytes | None = None
         self.start, self.stream = 0, torch.empty(0)
         # Behind the student's own hook, which settles the masks of the pass.
