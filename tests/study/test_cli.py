@@ -197,7 +197,10 @@ def test_predictions_are_scored_in_the_published_columns(call: Call, tmp_path: P
     assert_refused(wrong, ["'vqa'", "'scienceqa'"])
 
 
-def test_the_first_batch_is_shown_without_its_answers_being_pooled(call: Call, study_file: Path) -> None:
+def test_the_first_batch_is_shown_without_its_answers_being_pooled(
+    call: Call, study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     said = call("run", "--config", study_file, "--show-batch")
     assert said.code == 0, said.err
     lines = said.out.splitlines()
@@ -208,7 +211,7 @@ def test_the_first_batch_is_shown_without_its_answers_being_pooled(call: Call, s
         assert label.endswith("<eos>'")
         assert pooled.partition("tokens: ")[2] == prompt.removeprefix("prompt: ")
         assert "16 × <image>" in prompt
-    assert not (Path.cwd() / "runs").exists()
+    assert not (tmp_path / "runs").exists()
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
