@@ -16,7 +16,6 @@ from eas_search.latency.predictor import (
     Row,
     fit_predictor,
     independent_terms,
-    site_classes,
     terms_of,
 )
 from eas_search.merging import merge
@@ -74,7 +73,7 @@ def predictor_stage(bench: Workbench, folder: StageFolder) -> LatencyPredictor:
     content: dict[str, Any] = {} if kept is None else kept[0]
     if kept is None:
         begin = time.perf_counter()
-        classes = site_classes(bench.model, bench.sites)
+        classes = bench.site_classes
         configs, latency = measured_configs(bench.space, classes), bench.settings.fit_latency
         rows, ratios = list[Row](), list[float]()
         for _ in range(bench.settings.fit_passes):

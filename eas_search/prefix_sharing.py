@@ -67,9 +67,9 @@ class PrefixCache:
     @classmethod
     def over(cls, model: nn.Module, lists: tuple[str, ...], limit: int) -> PrefixCache:
         """A cache for students of `model`, whose weights stay as they are as long as it is used."""
-        kept = tuple(path for path in lists if not unshareable(model.get_submodule(path)))
-        reasons = [unshareable(model.get_submodule(path)) for path in lists]
-        why_not = "" if kept else next(iter(reasons), "no list of blocks with attention")
+        reasons = {path: unshareable(model.get_submodule(path)) for path in lists}
+        kept = tuple(path for path, reason in reasons.items() if not reason)
+        why_not = "" if kept else next(iter(reasons.values()), "no list of blocks with attention")
         return cls(limit, kept, why_not, _own={_place(t) for t in (*model.parameters(), *model.buffers())})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrefixCache:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +118,15 @@ class Workbench:
         prompts = self.splits["validation"].prompts(self.settings.latency_batch)
         return on_device(prompts, self.model)
 
+    @cached_property
+    def site_classes(self) -> dict[int, str]:
+        """Sites whose attentions cost the same, see `latency.predictor.site_classes`."""
+        return site_classes(self.model, self.sites)
+
     def predicted_latency(self, config: SkipConfig) -> tuple[float, float, float]:
         """(ratio, low, high) of the merged model's prefill time to the original model's, not measured."""
         assert self.predictor is not None, "predictor_stage comes before the first prediction"
-        return self.predictor.predict(terms_of(config, site_classes(self.model, self.sites)))
+        return self.predictor.predict(terms_of(config, self.site_classes))
 
     @property
     def hardware(self) -> dict[str, Any]:

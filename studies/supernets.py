@@ -34,17 +34,21 @@ def settings_of(config: dict[str, Any], seed: int) -> SearchSettings:
     return changed(settings, config["settings"])
 
 
-def warm_start(bench: Workbench) -> dict[str, Tensor]:
-    """Adapters of a search's supernet before its joint training: the adapter-only baseline's, and closed-form PIAs."""
+def start(bench: Workbench, supernet: Supernet) -> Supernet:
+    """The start of a search's supernet: the adapter-only baseline's light adapters and closed-form PIAs beside them."""
     settings = bench.settings
     with seeded(settings.seed):
         adapted = apply_skips(bench.model, bench.space.student)
     fine_tune(adapted, bench.splits["train"], settings.baseline, settings.seed)
-    supernet = empty_supernet(bench)
     supernet.take_light_adapters(adapted)
     samples = bench.splits["train"].subset(settings.samples.calibration)
     supernet.warm_start(calibrate(supernet.model, bench.sites, samples.batches(64), supernet.config.identity))
-    return supernet.adapters()
+    return supernet
+
+
+def warm_start(bench: Workbench) -> dict[str, Tensor]:
+    """Adapters of a search's supernet before its joint training."""
+    return start(bench, empty_supernet(bench)).adapters()
 
 
 def supernet_from(bench: Workbench, adapters: dict[str, Tensor]) -> Supernet:

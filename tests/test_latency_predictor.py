@@ -174,7 +174,7 @@ def test_a_noisy_machine_is_measured_again(
 ) -> None:
     space, classes = make_space(12)
     settings = SearchSettings(fit_passes=3)
-    bench: Any = SimpleNamespace(model=None, sites=space.sites, space=space, settings=settings, predictor=None)
+    bench: Any = SimpleNamespace(site_classes=classes, space=space, settings=settings, predictor=None)
     rng, calls = np.random.default_rng(0), list[int]()
 
     def measure(_: Any, configs: list[SkipConfig]) -> list[float]:
@@ -182,7 +182,6 @@ def test_a_noisy_machine_is_measured_again(
         return [made_up(config) * float(np.exp(rng.normal(0, noise))) for config in configs]
 
     monkeypatch.setattr(prediction, "_ratios", measure)
-    monkeypatch.setattr(prediction, "site_classes", lambda *_: classes)
     fitted = prediction.predictor_stage(bench, StageFolder(tmp_path))
     assert calls == [9] * passes
     assert len(fitted.errors) == 9 * passes

@@ -59,15 +59,16 @@ def independent_terms(rows: Sequence[Row]) -> list[str]:
     """The terms that `rows` tell apart; one that always goes with others, like the only rank there is, is left out."""
     kept: list[str] = []
     for term in sorted({term for row in rows for term in row}, key=lambda term: (term.count(","), "squared" in term)):
-        if np.linalg.matrix_rank(_matrix(rows, [*kept, term])) > len(kept):
+        if np.linalg.matrix_rank(_scaled(rows, [*kept, term])[0]) > len(kept):
             kept.append(term)
     return kept
 
 
-def _matrix(rows: Sequence[Row], terms: Sequence[str]) -> NDArray[np.float64]:
-    """Shape (rows, terms); columns are scaled to a largest entry of 1, or ranks of 256 would drown the rest."""
+def _scaled(rows: Sequence[Row], terms: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(matrix [rows, terms], its columns' units [terms]); the largest entry of each is 1, or ranks drown the rest."""
     matrix = np.array([[row.get(term, 0.0) for term in terms] for row in rows])
-    return matrix / np.abs(matrix).max(axis=0, initial=1e-300)
+    units = np.abs(matrix).max(axis=0, initial=1e-300)
+    return matrix / units, units
 
 
 @dataclass(frozen=True)
@@ -161,9 +162,8 @@ def fit_predictor(
     freedom = len(rows) - len(terms)
     if freedom < 1:
         raise ValueError(f"{len(rows)} measured configurations for {len(terms)} terms; expected more of them")
-    raw = np.array([[row.get(term, 0.0) for term in terms] for row in rows])
-    scale = raw.max(axis=0)
-    relative = raw / scale / measured[:, None]  # times the coefficients: predicted / measured
+    scaled, scale = _scaled(rows, terms)
+    relative = scaled / measured[:, None]  # times the coefficients: predicted / measured
 
     def solve(index: NDArray[np.intp]) -> NDArray[np.float64]:
         return np.asarray(np.linalg.lstsq(relative[index], np.ones(len(index)), rcond=None)[0])

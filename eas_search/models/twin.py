@@ -22,8 +22,41 @@ HEAD_DIM = WIDTH // HEADS
 FIRST_SPECIAL_ID = 120  # special tokens are renumbered from here; ordinary ones stay below
 IMAGE, PATCH = 32, 8
 
-# Names of configuration fields and the size that they get; a value is never made larger.
-FIELDS: tuple[tuple[str, int], ...] = (
+# Names of configuration fields and the size that they get; a value is never made larger. The first name that fits
+# counts, so that the order of the groups matters.
+Fields = tuple[tuple[str, int], ...]
+LATENT: Fields = (
+    (r"kv_lora_rank", 16),
+    (r"q_lora_rank", 24),
+    (r"qk_(rope|nope)_head_dim|rotary_dim", 8),
+    (r"qk_head_dim|v_head_dim|index_head_dim", HEAD_DIM),
+    (r"index_n_heads", 2),
+    (r"index_topk", 8),
+)
+EXPERTS: Fields = (
+    (r"(\w+_)?(num_(local_|routed_)?experts|n_routed_experts|num_total_experts)|moe_num_experts", 4),
+    (r"(\w+_)?(num_experts_per_tok(en)?|moe_top_?k|moe_k|num_selected_experts)|experts_per_token|top_k_experts", 2),
+)
+RECURRENT: Fields = (
+    (r"linear_(key|value)_head_dim|mamba_d_head|mamba_head_dim|mamba_d_state|ssm_state_size|state_size", HEAD_DIM),
+    (r"linear_num_key_heads", 2),
+    (r"linear_num_value_heads", 4),
+    (r"mamba_n_heads|mamba_num_heads", 2 * HEADS),
+    (r"mamba_n_groups|n_groups", 1),
+    (r"mamba_chunk_size|chunk_size", 8),
+    (r"time_step_rank|mamba_dt_rank", 4),
+)
+IMAGES_AND_SOUNDS: Fields = (
+    (r"(\w+_)?image_size|img_size|crop_size|max_img_size", IMAGE),
+    (r"(\w+_)?patch_size", PATCH),
+    (r"window_size", 4),
+    (r"num_query_tokens|num_queries|num_latents|resampler_n_latents|mm_tokens_per_image", 4),
+    (r"num_mel_bins|n_mels|feature_size|input_feat_per_channel", 16),
+    (r"max_source_positions", 32),
+    (r"num_conv_pos_embeddings", 16),
+    (r"num_conv_pos_embedding_groups", 4),
+)
+FIELDS: Fields = (
     # widths of a residual stream
     (r"(\w+_)?hidden_size|d_model|n_embd|(\w+_)?hidden_dim|dim|d_embed|model_dim|emb_dim|residual_size", WIDTH),
     (r"(text_|vision_|backbone_|decoder_|encoder_|audio_)?(embed_dim|width)|word_embed_proj_dim", WIDTH),
@@ -36,37 +69,14 @@ FIELDS: tuple[tuple[str, int], ...] = (
     (r"(\w+_)?(num_attention_heads|attention_heads|num_heads|n_heads?)|attn_heads|num_attn_heads", HEADS),
     (r"(\w+_)?num_(key_value|kv)_heads|n_kv_heads", KV_HEADS),
     (r"(\w+_)?head_dim|dim_head|attention_head_size|d_head|kv_channels|d_kv|head_size", HEAD_DIM),
-    # latent attention
-    (r"kv_lora_rank", 16),
-    (r"q_lora_rank", 24),
-    (r"qk_(rope|nope)_head_dim|rotary_dim", 8),
-    (r"qk_head_dim|v_head_dim|index_head_dim", HEAD_DIM),
-    (r"index_n_heads", 2),
-    (r"index_topk", 8),
-    # experts
-    (r"(\w+_)?(num_(local_|routed_)?experts|n_routed_experts|num_total_experts)|moe_num_experts", 4),
-    (r"(\w+_)?(num_experts_per_tok(en)?|moe_top_?k|moe_k|num_selected_experts)|experts_per_token|top_k_experts", 2),
-    # recurrent mixers
-    (r"linear_(key|value)_head_dim|mamba_d_head|mamba_head_dim|mamba_d_state|ssm_state_size|state_size", HEAD_DIM),
-    (r"linear_num_key_heads", 2),
-    (r"linear_num_value_heads", 4),
-    (r"mamba_n_heads|mamba_num_heads", 2 * HEADS),
-    (r"mamba_n_groups|n_groups", 1),
-    (r"mamba_chunk_size|chunk_size", 8),
-    (r"time_step_rank|mamba_dt_rank", 4),
+    *LATENT,
+    *EXPERTS,
+    *RECURRENT,
     # text
     (r"(\w+_)?vocab_size|vocab_size_per_layer_input|vocabulary_size", VOCAB),
     (r"(\w+_)?max_position_embeddings|n_positions|max_seq_len(gth)?|(\w+_)?context_length|n_ctx", 128),
     (r"(attention_)?sliding_window(_size)?|attention_chunk_size|local_attention|attention_window_size", 8),
-    # images and sounds
-    (r"(\w+_)?image_size|img_size|crop_size|max_img_size", IMAGE),
-    (r"(\w+_)?patch_size", PATCH),
-    (r"window_size", 4),
-    (r"num_query_tokens|num_queries|num_latents|resampler_n_latents|mm_tokens_per_image", 4),
-    (r"num_mel_bins|n_mels|feature_size|input_feat_per_channel", 16),
-    (r"max_source_positions", 32),
-    (r"num_conv_pos_embeddings", 16),
-    (r"num_conv_pos_embedding_groups", 4),
+    *IMAGES_AND_SOUNDS,
 )
 
 
@@ -102,12 +112,13 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _small(name: str, value: Any) -> Any:
+def small(name: str, value: Any, fields: Fields = FIELDS) -> Any:
+    """The tiny value of a numeric field by `fields`, or `value` itself; never larger than it was."""
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         return value
     if name == "window_size" and value > 64:  # in pixels, not in patches
         return IMAGE
-    return next((min(value, tiny) for names, tiny in FIELDS if re.fullmatch(names, name)), value)
+    return next((min(value, tiny) for names, tiny in fields if re.fullmatch(names, name)), value)
 
 
 def _shrink_fields(config: Any) -> None:
@@ -117,12 +128,12 @@ def _shrink_fields(config: Any) -> None:
         if name.startswith("_") or name == "chunk_size_feed_forward":
             continue
         if isinstance(value, tuple | list) and re.fullmatch(r"(\w+_)?(image_size|patch_size)", name):
-            tiny = [_small(name, entry) if len(value) == 2 or i > 0 else entry for i, entry in enumerate(value)]
+            tiny = [small(name, entry) if len(value) == 2 or i > 0 else entry for i, entry in enumerate(value)]
             setattr(config, name, type(value)(tiny))
         elif name in alike and type(value) is int:
             setattr(config, name, min(value, HEADS))  # as many heads of keys as of queries stay as many
-        elif (small := _small(name, value)) != value:
-            setattr(config, name, small)
+        elif (tiny := small(name, value)) != value:
+            setattr(config, name, tiny)
     if getattr(config, "kv_lora_rank", None) and isinstance(getattr(config, "qk_rope_head_dim", None), int):
         for name, value in (("num_key_value_heads", HEADS), ("head_dim", config.qk_rope_head_dim)):
             if isinstance(getattr(config, name, None), int):

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +40,7 @@ from eas_search.workbench import Workbench
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
+from intervals import mean_interval  # noqa: E402
 from record import load_config, write_result  # noqa: E402
 
 
@@ -54,13 +55,6 @@ def stopwatch() -> Iterator[SimpleNamespace]:
 def display() -> PlainDisplay:
     """As on a terminal that nobody looks at."""
     return PlainDisplay(Console(file=io.StringIO(), width=200))
-
-
-def interval(values: Sequence[float], rng: np.random.Generator) -> tuple[float, float, float]:
-    """(mean, low, high): 95 % bootstrap interval of the mean."""
-    drawn = rng.choice(np.asarray(values), size=(10_000, len(values))).mean(axis=1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return float(np.mean(values)), float(low), float(high)
 
 
 def toolkit(
@@ -91,7 +85,7 @@ def side_by_side(bench: Workbench, supernet: Supernet, ranking: list[float], rou
             seconds[name].append(spent)
             assert [one[0] for one in found] == [one[0] for one in values], f"{name} did other trials"
     logs = np.log(seconds["toolkit"]) - np.log(seconds["by hand"])
-    ratio, low, high = (float(np.exp(value)) for value in interval(logs, rng))
+    ratio, low, high = (float(np.exp(value)) for value in mean_interval(logs, rng))
     trial_s = float(np.median(seconds["toolkit"])) / len(configs)
     return {"seconds": seconds, "trials": len(configs), "ratio": [ratio, low, high], "trial_s": trial_s}
 
@@ -178,7 +172,9 @@ def main() -> None:
             predictor_stage(bench, StageFolder(Path(folder)))
     both = side_by_side(bench, supernet, ranking, size["rounds"], seed)
     own, rng = at_many_trials(bench, size["history"], size["measured"], seed), np.random.default_rng(seed)
-    shares = {name: interval([100 * value / both["trial_s"] for value in values], rng) for name, values in own.items()}
+    shares = {
+        name: mean_interval([100 * value / both["trial_s"] for value in values], rng) for name, values in own.items()
+    }
     table = Table(
         "", "figure", "95 %", "bar", title=f"sampler {settings.sampler}, a trial takes {both['trial_s']:.2f} s"
     )

@@ -32,6 +32,7 @@ from eas_search.workbench import Workbench
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
+from intervals import mean_interval  # noqa: E402
 from record import load_config, write_result  # noqa: E402
 
 FloatArray = NDArray[np.float64]
@@ -90,11 +91,9 @@ def with_interval(
     return [float(np.mean([statistic(row, truth) for row in found])), float(low), float(high)]
 
 
-def ratio_interval(seconds: Sequence[float], others: Sequence[float], seed: int) -> list[float]:
-    """[mean of seconds / others, low, high]; runs are redrawn in pairs that followed each other."""
-    ratios, rng = np.array(seconds) / np.array(others), np.random.default_rng(seed)
-    means = ratios[rng.integers(len(ratios), size=(1000, len(ratios)))].mean(axis=1)
-    return [float(ratios.mean()), *(float(q) for q in np.quantile(means, [0.025, 0.975]))]
+def ratio_interval(seconds: Sequence[float], others: Sequence[float], seed: int) -> tuple[float, float, float]:
+    """(mean of seconds / others, low, high); runs are redrawn in pairs that followed each other."""
+    return mean_interval(np.array(seconds) / np.array(others), np.random.default_rng(seed))
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from eas_search.search_space import SearchSpace
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
+from intervals import mean_interval  # noqa: E402
 from record import load_config, write_result  # noqa: E402
 from table import Judge, Table  # noqa: E402
 
@@ -99,13 +100,6 @@ def one_seed(table: Table, seed: int, config: dict[str, Any], samplers: list[str
     return result
 
 
-def interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over seeds."""
-    drawn = np.random.default_rng(seed).choice(values, size=(10_000, len(values))).mean(axis=1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return float(low), float(high)
-
-
 def compare(rows: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
     """Ratios of the default sampler to everything else, and of the bounds to chance, seed by seed.
 
@@ -128,9 +122,9 @@ def compare(rows: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
 
 def summary(values: NDArray[np.float64]) -> dict[str, float]:
     """Mean over seeds with its interval, smallest and largest seed."""
-    low, high = interval(values)
+    mean, low, high = mean_interval(values, np.random.default_rng(0))
     extremes = {"smallest": float(values.min()), "largest": float(values.max())}
-    return {"mean": float(values.mean()), "low": low, "high": high, **extremes}
+    return {"mean": mean, "low": low, "high": high, **extremes}
 
 
 def main() -> None:

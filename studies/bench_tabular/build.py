@@ -26,15 +26,14 @@ from safetensors.torch import save_file as save_tensors
 from eas_search.joint_training import one_shot_scores
 from eas_search.redundancy import bandit_scores
 from eas_search.settings import SearchSettings
-from eas_search.skipping import apply_skips
 from eas_search.supernet import Supernet
-from eas_search.training import fine_tune, sample_scores, seeded
-from eas_search.warm_start import calibrate
+from eas_search.training import sample_scores, seeded
 from eas_search.workbench import Workbench
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 from record import load_config, write_result  # noqa: E402
+from supernets import start as start_supernet  # noqa: E402
 from tree import as_tree  # noqa: E402
 
 SPLITS = ("validation", "test")
@@ -57,13 +56,7 @@ def prepare(bench: Workbench, supernet: Supernet, kept: Path) -> None:
     if kept.exists():
         supernet.load_adapters(load_tensors(kept))
         return
-    settings = bench.settings
-    with seeded(settings.seed):
-        adapted = apply_skips(bench.model, bench.space.student)
-    fine_tune(adapted, bench.splits["train"], settings.baseline, settings.seed)
-    supernet.take_light_adapters(adapted)
-    samples = bench.splits["train"].subset(settings.samples.calibration)
-    supernet.warm_start(calibrate(supernet.model, bench.sites, samples.batches(64), supernet.config.identity))
+    start_supernet(bench, supernet)
     temporary = kept.with_suffix(".tmp")
     save_tensors(supernet.adapters(), temporary)
     temporary.rename(kept)

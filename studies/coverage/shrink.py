@@ -8,22 +8,16 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from eas_search.models.twin import sub_configs
+from eas_search.models import twin
+from eas_search.models.twin import EXPERTS, IMAGES_AND_SOUNDS, LATENT, RECURRENT, Fields, sub_configs
 
 WIDTH, FFN, HEADS, KV_HEADS, LAYERS, VOCAB = 64, 96, 4, 2, 4, 160
 HEAD_DIM = WIDTH // HEADS
 FIRST_SPECIAL_ID = 120  # special tokens are renumbered from here; ordinary ones stay below
 IMAGE, PATCH = 32, 8
 
-FIELDS: tuple[tuple[str, int], ...] = (
-    # recurrent mixers
-    (r"linear_(key|value)_head_dim|mamba_d_head|mamba_head_dim|mamba_d_state|ssm_state_size|state_size", HEAD_DIM),
-    (r"linear_num_key_heads", 2),
-    (r"linear_num_value_heads", 4),
-    (r"mamba_n_heads|mamba_num_heads", 2 * HEADS),
-    (r"mamba_n_groups|n_groups", 1),
-    (r"mamba_chunk_size|chunk_size", 8),
-    (r"time_step_rank|mamba_dt_rank", 4),
+FIELDS: Fields = (
+    *RECURRENT,
     # width of a residual stream
     (r"(\w+_)?hidden_size|d_model|n_embd|(\w+_)?hidden_dim|dim|d_embed|model_dim|emb_dim|residual_size", WIDTH),
     (
@@ -45,46 +39,22 @@ FIELDS: tuple[tuple[str, int], ...] = (
     # depth
     (r"(\w+_)?num_(hidden_)?layers|n_layers?|layers|(\w+_)?depth|num_blocks|(encoder|decoder)_layers", LAYERS),
     (r"num_(encoder|decoder|self_attention|vision|dec|block)_(layers|blocks)|(text|vision|xl)_layers", LAYERS),
-    # multi-head latent attention
-    (r"kv_lora_rank", 16),
-    (r"q_lora_rank", 24),
-    (r"qk_(rope|nope)_head_dim|rotary_dim", 8),
-    (r"qk_head_dim|v_head_dim|index_head_dim", HEAD_DIM),
-    (r"index_n_heads", 2),
-    (r"index_topk", 8),
-    # mixture of experts
-    (r"(\w+_)?(num_(local_|routed_)?experts|n_routed_experts|num_total_experts)|moe_num_experts", 4),
-    (r"(\w+_)?(num_experts_per_tok(en)?|moe_top_?k|moe_k|num_selected_experts)|experts_per_token|top_k_experts", 2),
+    *LATENT,
+    *EXPERTS,
     (r"first_k_dense_replace|moe_layer_start_index|num_dense_layers", 1),
     # text
     (r"(\w+_)?vocab_size|vocab_size_per_layer_input|vocabulary_size|vocab_sizes", VOCAB),
     (r"(\w+_)?max_position_embeddings|n_positions|max_seq_len(gth)?|(\w+_)?context_length|n_ctx", 128),
     (r"(attention_)?sliding_window(_size)?|attention_chunk_size|local_attention|attention_window_size", 8),
-    # images
-    (r"(\w+_)?image_size|img_size|crop_size|max_img_size", IMAGE),
-    (r"(\w+_)?patch_size", PATCH),
-    (r"window_size", 4),
-    (r"num_query_tokens|num_queries|num_latents|resampler_n_latents|mm_tokens_per_image", 4),
-    # audio
-    (r"num_mel_bins|n_mels|feature_size|input_feat_per_channel", 16),
-    (r"max_source_positions", 32),
-    (r"num_conv_pos_embeddings", 16),
-    (r"num_conv_pos_embedding_groups", 4),
+    *IMAGES_AND_SOUNDS,
 )
 LAYER_LISTS = ("layer_types", "mlp_layer_types", "indexer_types", "layers_block_type", "attention_types")
 LAYER_MAPS = ("no_rope_layers", "layer_rope_theta", "activation_sparsity_pattern", "no_rope_layer_interval")
 
 
 def small(name: str, value: Any) -> Any:
-    """The tiny value of a numeric field, or `value` itself; never larger than it was."""
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        return value
-    if name == "window_size" and value > 64:  # in pixels, not in patches
-        return IMAGE
-    for names, tiny in FIELDS:
-        if re.fullmatch(names, name):
-            return min(value, tiny)
-    return value
+    """See `eas_search.models.twin.small`; here the depth becomes small, too."""
+    return twin.small(name, value, FIELDS)
 
 
 def shrink(config: PretrainedConfig, overrides: Mapping[str, Any] | None = None) -> PretrainedConfig:

@@ -1,0 +1,14 @@
+"""Shared by the studies: how sure a mean is."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+def mean_interval(values: ArrayLike, rng: np.random.Generator, draws: int = 10_000) -> tuple[float, float, float]:
+    """(mean, low, high): 95 % bootstrap interval of the mean of `values` [n]."""
+    found = np.asarray(values, dtype=float)
+    drawn = rng.choice(found, size=(draws, len(found))).mean(axis=1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(found.mean()), float(low), float(high)
