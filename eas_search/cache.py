@@ -83,6 +83,7 @@ class _NoKeysNoValues(CacheLayerMixin):
         self.is_compileable = getattr(replaces, "is_compileable", False)
         self.is_croppable = croppable
         self.is_initialized = True
+        self.keys = self.values = torch.empty(0)  # there are none; Mllama counts them in every layer
         self.reference = reference
         self.length = 0
 

@@ -41,6 +41,11 @@ class StudentPart(nn.Module):
         """The means of a call of the attention on x [B, n, d], and the other stream if they are taken over that."""
         form, site = self.eas_form, self.eas_site
         other = other_stream(form, args, kwargs) if site.kind == "cross" else None
+        if other is not None and len(other) != len(x):
+            raise UnsupportedModelError(
+                f"the other stream of {site.name!r} has {len(other)} rows for {len(x)} samples; expected one each, to "
+                "pool over: choose pooling 'none', or leave this site in"
+            )
         mask = form.argument("attention_mask", args, kwargs)
         return self.eas_context.session(site.layer, x if other is None else other, mask), other
 

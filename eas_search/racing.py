@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,18 +160,39 @@ def race(
     return scores
 
 
+def shortlist(candidates: Candidates, count: int, places: int) -> list[int]:
+    """Positions of the at most `count` candidates that race for `places`.
+
+    Those that lose on the validation samples, which are scored already, do not start.
+    """
+    short = select_finalists(candidates.accuracy, candidates.costs[0], max(count, places))
+    if all(len(candidates.validation[row]) for row in short) and len(short) > places:
+        seen = np.stack([unpack(candidates.validation[row]) for row in short])
+        short = [short[place] for place in undominated(seen, candidates.costs[:, short], CONFIDENCE)]
+    return short
+
+
+def winners(field: Candidates, left: Mapping[int, FloatArray], places: int) -> list[int]:
+    """Positions in the field of the finalists among those that a race left, by `race`'s scores.
+
+    They are ordered by the shrunken accuracy and the race's, weighted by their precisions: the race's samples are
+    others.
+    """
+    rows = list(left)
+    means = np.array([values.mean() for values in left.values()])
+    weights = 1 / np.array([mean_variance(values.mean(), len(values)) for values in left.values()])
+    prior = 1 / field.variance[rows]
+    accuracy = (prior * field.accuracy[rows] + weights * means) / (prior + weights)
+    return [rows[position] for position in select_finalists(accuracy, field.costs[0, rows], places)]
+
+
 def choose_finalists(bench: Workbench, supernet: Supernet, folder: StageFolder, candidates: Candidates) -> Choice:
     """The finalists among all trials; an earlier choice among exactly these candidates is taken as it is.
 
-    `settings.candidates` trials race, fine-tuned as in their trials, for `settings.finalists` places; those that lose
-    on the validation samples, which are scored already, do not start. Those left are ordered by the shrunken accuracy
-    and the race's, weighted by their precisions: the race's samples are others.
+    `settings.candidates` trials race, fine-tuned as in their trials, for `settings.finalists` places.
     """
     settings = bench.settings
-    short = select_finalists(candidates.accuracy, candidates.costs[0], max(settings.candidates, settings.finalists))
-    if all(candidates.validation[row] for row in short) and len(short) > settings.finalists:
-        seen = np.stack([unpack(candidates.validation[row]) for row in short])
-        short = [short[place] for place in undominated(seen, candidates.costs[:, short], CONFIDENCE)]
+    short = shortlist(candidates, settings.candidates, settings.finalists)
     if len(short) <= settings.finalists:
         return Choice(short, {"candidates": len(short), "left": len(short), "samples_scored": 0})
     field = candidates.at(short)
@@ -202,11 +223,5 @@ def _held(bench: Workbench, supernet: Supernet, field: Candidates) -> dict[str, 
         return scores
 
     left = race(score, field.costs, settings.finalists, round_ends(len(selection)))
-    rows = list(left)
-    means = np.array([values.mean() for values in left.values()])
-    weights = 1 / np.array([mean_variance(values.mean(), len(values)) for values in left.values()])
-    prior = 1 / field.variance[rows]
-    accuracy = (prior * field.accuracy[rows] + weights * means) / (prior + weights)
-    chosen = select_finalists(accuracy, field.costs[0, rows], settings.finalists)
     record = {"candidates": len(field.configs), "left": len(left), "samples_scored": scored}
-    return {"rows": [rows[position] for position in chosen], **record}
+    return {"rows": winners(field, left, settings.finalists), **record}

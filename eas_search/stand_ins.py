@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from eas_search.architectures.calls import CallForm
 from eas_search.architectures.sites import AttentionSite
 from eas_search.context import TokenContext
+from eas_search.exceptions import UnsupportedModelError
 from eas_search.parts import AdaptedAttention, StudentPart, become, delta, light_adapter_for, pia_for, refuse_decoding
 from eas_search.skip_config import SkipConfig
 
@@ -27,6 +29,8 @@ class StandIn(StudentPart):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the attention is called with → what it returns."""
         form, site = self.eas_form, self.eas_site
+        if site.kind == "cross":
+            refuse_shared_cache(form.argument("past_key_values", args, kwargs), site.name)
         x = stand_in_input(form, site, args, kwargs)
         if self.pia_stream is None or self.eas_config.pia_dim == 0:
             added = torch.zeros_like(x)
@@ -38,6 +42,21 @@ class StandIn(StudentPart):
         if site.pattern.adds:
             added = added + form.argument(site.pattern.adds, args, kwargs)
         return form.pack(added, args, kwargs)
+
+
+def refuse_shared_cache(cache: object, name: str) -> None:
+    """A cross-attention may only be skipped where its keys and values are kept apart from the decoder's own.
+
+    Else (Mllama) they say whether its block runs at all while decoding, and a skipped one has none.
+
+    Raises:
+        UnsupportedModelError: `cache` is that of the decoder.
+    """
+    if isinstance(cache, Cache) and not isinstance(cache, EncoderDecoderCache):
+        raise UnsupportedModelError(
+            f"the cross-attention {name!r} shares the decoder's KV cache, which decides whether its block runs at all; "
+            "expected a cache of its own: leave this site in, or decode with use_cache=False"
+        )
 
 
 def stand_in_input(form: CallForm, site: AttentionSite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

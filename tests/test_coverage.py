@@ -17,7 +17,7 @@ STUDY = Path(__file__).parent.parent / "studies" / "coverage"
 MODEL_TYPES = [
     *("llama", "gpt2", "opt", "bloom", "phi", "phi3", "gpt_neox", "cohere", "gemma2", "mixtral", "qwen3_next", "bamba"),
     *("deepseek_v3", "bert", "deberta-v2", "t5", "bart", "whisper", "vit", "swin", "siglip", "llava", "qwen2_vl"),
-    *("vision-text-dual-encoder", "hubert"),
+    *("vision-text-dual-encoder", "hubert", "mllama"),
 ]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eas_search.architectures import attention_sites
+from eas_search.exceptions import UnsupportedModelError
 from eas_search.merging import merge
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import apply_skips
@@ -162,3 +163,52 @@ def test_the_closed_form_reads_what_the_attention_reads() -> None:
     moments = calibrate(supernet.model, supernet.sites, batches)
     explained = supernet.warm_start(moments)
     assert explained[f"{site.name}:stream"] > 0.9  # the ridge takes some of it
+
+
+def mllama() -> Any:
+    """Layer 2 of 4 is a cross-attention; its keys lie in the decoder's own cache."""
+    config = transformers.MllamaTextConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=24,
+        cross_attention_layers=[2],
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model: Any = transformers.MllamaForCausalLM(config).eval()
+    for gate in ("cross_attn_attn_gate", "cross_attn_mlp_gate"):  # they start at zero, which hides the whole block
+        getattr(model.model.layers[2], gate).data.fill_(0.7)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("other", [None, torch.linspace(-1, 1, 2 * 5 * 16).view(2, 5, 16)])
+def test_a_block_that_the_cache_switches_is_switched_as_before(other: Tensor | None) -> None:
+    zeroed = mllama()
+    student = apply_skips(zeroed, SkipConfig(skip=(0,), pia_dim=0, pooling="none"))
+    zeroed.model.layers[0].self_attn.o_proj.weight.data.zero_()
+    logits = []
+    for model in (student, zeroed):
+        first = model(input_ids=IDS[:, :7], use_cache=True, cross_attention_states=other)
+        rest = model(input_ids=IDS[:, 7:], past_key_values=first.past_key_values, use_cache=True)
+        logits.append(torch.cat([first.logits, rest.logits], dim=1))
+    # Float32: 1e-5 is ten roundings of logits near 1.
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_cross_attention_in_the_decoders_own_cache_is_not_skipped_with_it() -> None:
+    model = mllama()
+    states = torch.linspace(-1, 1, 2 * 5 * 16).view(2, 5, 16)
+    student = apply_skips(model, SkipConfig(skip=(2,), pia_dim=0, pooling="none"))
+    deleted = student(input_ids=IDS, cross_attention_states=states, use_cache=False).logits
+    with pytest.raises(UnsupportedModelError, match="shares the decoder's KV cache"):
+        student(input_ids=IDS, cross_attention_states=states, use_cache=True)
+    model.model.layers[2].cross_attn.o_proj.weight.data.zero_()
+    torch.testing.assert_close(deleted, model(input_ids=IDS, cross_attention_states=states).logits, atol=1e-5, rtol=0)
+    pooling = apply_skips(mllama(), SkipConfig(skip=(2,), pia_dim=4, placement="residual", pooling="all"))
+    with pytest.raises(UnsupportedModelError, match="has 6 rows for 2 samples"):
+        pooling(input_ids=IDS, cross_attention_states=states.repeat(3, 1, 1), use_cache=False)

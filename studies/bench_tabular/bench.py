@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import optuna
+from joblib import Parallel, delayed, parallel_config
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from eas_search.samplers import Proposer, make_sampler, ranking_prefixes
-from eas_search.samplers.surrogate import Encoder, Surrogate
 from eas_search.search_space import SearchSpace
 
 HERE = Path(__file__).parent
@@ -31,6 +31,7 @@ from record import load_config, write_result  # noqa: E402
 from table import Judge, Table  # noqa: E402
 
 Numbers = NDArray[np.int64]
+EXHAUSTIVE = 300  # of all sets, those best by validation: what a search's surrogate is fitted to at most
 
 
 def number_of(space: SearchSpace, skip: Any) -> int:
@@ -66,36 +67,40 @@ def search(table: Table, judge: Judge, name: str, seed: int, config: dict[str, A
     return play(space, make_sampler(name, space, scores, seed, 0), first, judge, left)  # type: ignore[arg-type]
 
 
-def shrunken(table: Table, judge: Judge, tried: Numbers, config: dict[str, Any]) -> Numbers:
-    """The front when it is chosen by the surrogate's posterior instead of by the trials' own scores."""
-    space = table.space()
-    encoder = Encoder(space, [table.rankings()[one] for one in config["metrics"]])
-    sets = [space.config([i for i in range(len(space.sites)) if number >> i & 1]) for number in tried]
-    return judge.front(tried, Surrogate(encoder, sets, judge.validation[tried].tolist()).accuracy(sets))
+def best_of_their_size(judge: Judge, numbers: Numbers, count: int) -> Numbers:
+    """The sets that fall least short of the best one with their latency, by validation."""
+    best = {latency: judge.validation[judge.latency == latency].max() for latency in np.unique(judge.latency)}
+    short = np.array([best[judge.latency[number]] - judge.validation[number] for number in numbers])
+    return numbers[np.argsort(short, kind="stable")[:count]]
 
 
 def one_seed(table: Table, seed: int, config: dict[str, Any], samplers: list[str], budget: int) -> dict[str, Any]:
     """What every method ends with under one division of the samples: hypervolumes by the two references.
 
-    Beside them `steps`, the evaluations after which the default sampler had reached the bandit's final front.
+    Beside them `steps`, the evaluations after which the default sampler's front, by validation, was as good as the
+    bandit's final one.
     """
-    judge, space = Judge.divide(table, seed, config["validation"]), table.space()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    judge, space = Judge.divide(table, seed, config["validation"], config["selection"]), table.space()
     every = np.arange(1, len(table.right))
-    found = {name: search(table, judge, name, seed, config, budget) for name in samplers}
-    fronts = {name: judge.front(tried) for name, tried in found.items()}
-    fronts["eas, shrunken"] = shrunken(table, judge, found["eas"], config)
-    ranked = {name: prefixes(table, space, (name,), len(space.sites)) for name in config["peers"]}
-    fronts |= {f"prefixes of {name}": judge.front(sets) for name, sets in ranked.items()}
-    fronts |= {"exhaustive": judge.front(every), "oracle": judge.front(every, judge.test[every])}
+    tried = {name: search(table, judge, name, seed, config, budget) for name in samplers}
+    ranked = {f"prefixes of {name}": prefixes(table, space, (name,), len(space.sites)) for name in config["peers"]}
+    compared = tried | ranked | {"exhaustive": best_of_their_size(judge, every, EXHAUSTIVE)}
+    fronts = {
+        name: judge.finals(numbers, space, config["candidates"], config["finalists"])
+        for name, numbers in compared.items()
+    }
+    fronts["oracle"] = judge.front(every, judge.test[every])
     result: dict[str, Any] = {}
     for reference, floor in (("zero", 0.0), ("nothing left", float(judge.test[-1]))):
         areas = {name: judge.hypervolume(front, floor) for name, front in fronts.items()}
-        areas["best prefixes"] = max(areas[f"prefixes of {name}"] for name in ranked)
+        areas["best prefixes"] = max(areas[name] for name in ranked)
         result[reference] = areas
-    if "bandit" in found:
-        reached = [judge.hypervolume(judge.front(found["eas"][:count])) for count in range(1, len(found["eas"]) + 1)]
-        enough = np.flatnonzero(np.array(reached) >= result["zero"]["bandit"])
-        spent = budget - len(found["eas"])  # on metrics
+    if "bandit" in tried:
+        goal, ours = judge.hypervolume(judge.front(tried["bandit"])), tried["eas"]
+        reached = [judge.hypervolume(judge.front(ours[:count])) for count in range(1, len(ours) + 1)]
+        enough = np.flatnonzero(np.array(reached) >= goal)
+        spent = budget - len(ours)  # on metrics
         result["steps"] = float(spent + enough[0] + 1) if enough.size else np.inf
     return result
 
@@ -139,14 +144,15 @@ def main() -> None:
     seeds, budgets = (5, config["budgets"][:1]) if options.quick else (config["seeds"], config["budgets"])
     latest = {Table.load(path).name: path for path in sorted((options.folder / "results").glob("table-*.json"))}
     begin, content = time.perf_counter(), []
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     for name, path in latest.items():
         if options.table not in (None, name):
             continue
         table = Table.load(path)
         for budget in budgets:
             samplers = ["eas", *config["samplers"]]
-            rows = [one_seed(table, seed, config, samplers, budget) for seed in range(seeds)]
+            jobs = (delayed(one_seed)(table, seed, config, samplers, budget) for seed in range(seeds))
+            with parallel_config("loky", inner_max_num_threads=1):
+                rows = Parallel(config["jobs"])(jobs)
             found = compare(rows, budget)
             areas = [row["zero"] for row in rows]
             means = {one: float(np.mean([area[one] for area in areas])) for one in areas[0]}

@@ -36,7 +36,7 @@ from record import load_config, write_result  # noqa: E402
 from supernets import start as start_supernet  # noqa: E402
 from tree import as_tree  # noqa: E402
 
-SPLITS = ("validation", "test")
+SPLITS = ("validation", "selection", "test")
 BANDIT_UPDATES, BANDIT_BATCH = 60, 32
 _opened: list[tuple[Workbench, Supernet]] = []  # of a worker process, which scores many chunks of one table
 

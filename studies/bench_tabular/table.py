@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from eas_search.racing import Candidates, race, round_ends, shortlist, shrink, winners
 from eas_search.report.front import hypervolume, non_dominated
+from eas_search.rungs import pack
 from eas_search.search_space import SearchSpace
 from eas_search.settings import SpaceSettings
 from eas_search.skip_config import SkipConfig
@@ -25,7 +27,7 @@ class Table:
     Attributes:
         name: in the study's configuration.
         record: how it was made, with the redundancy metrics' scores and what they cost.
-        right: bool [2^L, samples], validation and test samples together.
+        right: bool [2^L, samples], the samples of all splits together.
     """
 
     name: str
@@ -75,23 +77,45 @@ class Table:
 
 @dataclass(frozen=True)
 class Judge:
-    """Accuracies of all sets under one division of the samples into validation and test, [2^L] each."""
+    """One division of the samples into validation, selection and test; accuracies of all sets, [2^L] each."""
 
+    right: NDArray[np.bool_]
+    parts: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+    latency: NDArray[np.float64]
     validation: NDArray[np.float64]
     test: NDArray[np.float64]
-    latency: NDArray[np.float64]
 
     @classmethod
-    def divide(cls, table: Table, seed: int, validation: int) -> Judge:
+    def divide(cls, table: Table, seed: int, validation: int, selection: int) -> Judge:
         """Another division for every seed: the noise of validation is part of what is compared."""
         order = np.random.default_rng([7, seed]).permutation(table.right.shape[1])
-        parts = (order[:validation], order[validation:])
-        return cls(*(table.right[:, part].mean(axis=1) for part in parts), table.latency)
+        first, second, third = np.split(order, [validation, validation + selection])
+        accuracies = (table.right[:, part].mean(axis=1) for part in (first, third))
+        return cls(table.right, (first, second, third), table.latency, *accuracies)
 
     def front(self, numbers: NDArray[np.int64], by: NDArray[np.float64] | None = None) -> NDArray[np.int64]:
         """Those of these sets that are on the front by validation (or by `by`, one value per set)."""
         score = self.validation[numbers] if by is None else by
         return numbers[non_dominated(score, self.latency[numbers])]
+
+    def finals(self, numbers: NDArray[np.int64], space: SearchSpace, count: int, places: int) -> NDArray[np.int64]:
+        """The finalists among these sets: shrinkage, shortlist and race of a search, see `eas_search.racing`."""
+        validation, selection, _ = self.parts
+        configs = [space.config([i for i in range(len(space.sites)) if number >> i & 1]) for number in numbers.tolist()]
+        seen = np.full(len(numbers), len(validation))
+        costs = np.broadcast_to(self.latency[numbers][:, None], (3, len(numbers), 1))
+        packed = [pack(self.right[number, validation]) for number in numbers]
+        field = Candidates(configs, *shrink(space, configs, self.validation[numbers], seen), costs, packed)
+        short = shortlist(field, count, places)
+        if len(short) <= places:
+            return numbers[short]
+        field = field.at(short)
+
+        def score(row: int, start: int, end: int) -> NDArray[np.bool_]:
+            return self.right[numbers[short[row]], selection[start:end]]
+
+        left = race(score, field.costs, places, round_ends(len(selection)))
+        return numbers[[short[row] for row in winners(field, left, places)]]
 
     def hypervolume(self, front: NDArray[np.int64], floor: float = 0.0) -> float:
         """Of the test accuracies of these sets, relative to accuracy `floor` and latency 1."""

@@ -27,20 +27,22 @@ class RemergedLayer(nn.Module):
     """A layer of the LLaMA whose first projections are multiplied anew with its adapter for every prompt.
 
     Args:
-        layer: the original layer; its weights are overwritten.
+        layer: the original layer, which stays as it is; all weights but those projections' are shared with it.
         adapter: light adapter of a kept attention, or PIA of a skipped one; routed.
         skipped: whether the attention is skipped.
     """
 
     def __init__(self, layer: Any, adapter: Pia, skipped: bool) -> None:
         super().__init__()
+        layer = copy.deepcopy(layer, {id(shared): shared for shared in layer.parameters()})
         self.layer, self.adapter, self.skipped = layer, adapter, skipped
         host = layer.mlp if skipped else layer.self_attn
         self.names = [f"{'mlp' if skipped else 'self_attn'}.{name}_proj" for name in ("gate", "up") if skipped]
         self.names = self.names or [f"self_attn.{letter}_proj" for letter in "qkv"]
         for name in self.names:
             linear = host.get_submodule(name.rpartition(".")[2])
-            self.register_buffer(name.replace(".", "_"), linear.weight.detach().clone())
+            self.register_buffer(name.replace(".", "_"), linear.weight.detach())
+            linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
             linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), requires_grad=False)
         if skipped:
             del layer.self_attn
@@ -96,7 +98,7 @@ def published_merge(model: nn.Module, student: Any, config: SkipConfig) -> Any:
     gone = {site.layer for site in student.eas.skipped}
     for i, theirs in enumerate(student.get_submodule(LAYERS)):
         adapter = theirs.pia_ffn if i in gone else theirs.self_attn.eas_adapter
-        layers[i] = RemergedLayer(copy.deepcopy(layers[i]), adapter, i in gone)
+        layers[i] = RemergedLayer(layers[i], adapter, i in gone)
     return published.eval()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -61,8 +60,9 @@ def test_the_published_merge_is_the_recorded_one(study: Any, kind: str) -> None:
     student = student_of_block(data, prefix, **config)
     adapter = next(part for part in student.modules() if isinstance(part, Pia))
     plain = one_layer(data, prefix)
-    before = copy.deepcopy(plain.model.layers[0])
-    plain.model.layers[0] = study["published"].RemergedLayer(before, adapter, kind == "skipped")
+    original = plain.model.layers[0]
+    before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
+    plain.model.layers[0] = study["published"].RemergedLayer(original, adapter, kind == "skipped")
     inputs = {"inputs_embeds": data["in__x"], "attention_mask": additive(data["in__mask"], 1), "use_cache": False}
     seen = block_outputs(plain)
     plain(**inputs)
@@ -78,6 +78,7 @@ def test_the_published_merge_is_the_recorded_one(study: Any, kind: str) -> None:
             wanted = [half_split(tensor, HEADS) for tensor in wanted]
         close(layer.weight, wanted[0], TOLERANCE)
         close(layer.bias, wanted[1], TOLERANCE)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in original.state_dict().items())
 
 
 def test_the_forms_of_one_student_answer_alike(study: Any) -> None:
