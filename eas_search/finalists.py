@@ -49,11 +49,16 @@ def digest(config: SkipConfig) -> str:
     return hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12]
 
 
+def finalist_name(config: SkipConfig) -> str:
+    """Of the stage that keeps a finalist."""
+    return f"finalist-{digest(config)}"
+
+
 def prepare_finalist(
     bench: Workbench, supernet: Supernet, folder: StageFolder, number: int, config: SkipConfig
 ) -> Finalist:
     """Re-train a configuration with the finalists' settings, or take what an earlier run kept."""
-    name = f"finalist-{digest(config)}"
+    name = finalist_name(config)
     kept = folder.read(name)
     if kept is None:
         student = make_student(bench, supernet, config, bench.settings.final)

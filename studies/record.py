@@ -15,7 +15,7 @@ def write_result(study: Path, name: str, content: dict[str, Any], hardware: dict
 
     now = datetime.now(UTC)
     folder = study / "results"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{now:%Y%m%d-%H%M%S}.json"
     record = {"date": f"{now:%Y-%m-%d}", "versions": versions(), "hardware": hardware, **content}
     with path.open("x", encoding="utf-8") as file:

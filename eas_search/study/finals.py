@@ -10,12 +10,13 @@ import pandas as pd
 from optuna.study import Study
 
 from eas_search.exceptions import EasSearchError
-from eas_search.finalists import Finalist, measure_finalists, prepare_finalist
+from eas_search.finalists import Finalist, finalist_name, measure_finalists, prepare_finalist
 from eas_search.racing import Candidates, choose_finalists, shrink
 from eas_search.skip_config import SkipConfig
 from eas_search.stages import StageFolder, baseline_scores
 from eas_search.study.frames import cost_intervals, front_frame, trials_frame
 from eas_search.study.progress import Display
+from eas_search.study.workers import Workers
 from eas_search.supernet import Supernet
 from eas_search.workbench import Workbench
 
@@ -35,7 +36,9 @@ class Finals:
     race: Mapping[str, int]
 
 
-def hold_finals(study: Study, bench: Workbench, supernet: Supernet, stages: StageFolder, display: Display) -> Finals:
+def hold_finals(
+    study: Study, bench: Workbench, supernet: Supernet, stages: StageFolder, display: Display, pool: Workers
+) -> Finals:
     """Choose the finalists on selection samples, train them again, score them on held-out ones and time them together.
 
     Raises:
@@ -55,11 +58,14 @@ def hold_finals(study: Study, bench: Workbench, supernet: Supernet, stages: Stag
     display.stage(f"Race: the {places} best trials on samples that the search has not seen")
     choice = choose_finalists(bench, supernet, stages, candidates)
     display.stage(f"Finalists: re-training {len(choice.rows)} configurations, timing them side by side")
+    chosen = {int(done["number"].iloc[row]): candidates.configs[row] for row in choice.rows}
+    if bench.settings.jobs > 1:
+        undone = {number: config for number, config in chosen.items() if stages.read(finalist_name(config)) is None}
+        pool.prepare_finalists(undone, lambda count: display.step("finalists", count, len(undone)))
     finalists = []
-    for position, row in enumerate(choice.rows):
-        number = int(done["number"].iloc[row])
-        finalists.append(prepare_finalist(bench, supernet, stages, number, candidates.configs[row]))
-        display.step("finalists", position + 1, len(choice.rows))
+    for number, config in chosen.items():
+        finalists.append(prepare_finalist(bench, supernet, stages, number, config))
+        display.step("finalists", len(finalists), len(chosen))
     figures = measure_finalists(bench, finalists, stages)
     front = front_frame(finalists, figures, bench.sites, baseline_scores(stages), bench.settings.objectives[1:])
     return Finals(finalists, front, choice.record)

@@ -7,10 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler
@@ -19,7 +16,6 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from eas_search.exceptions import EasSearchError
 from eas_search.objective import TrialResult
-from eas_search.rungs import Rival
 from eas_search.search_space import SearchSpace
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
@@ -155,51 +151,6 @@ def run_here(evaluate: Evaluate) -> Callable[[SkipConfig], Future[TrialResult]]:
         return future
 
     return submit
-
-
-_bench: dict[str, Any] = {}
-
-
-def evaluate_in_worker(
-    settings: SearchSettings, folder: Path, config: SkipConfig, rival: Rival | None = None
-) -> TrialResult:
-    """Evaluate in a worker process, which loads the workbench and the kept supernet once."""
-    from eas_search.objective import evaluate, set_threads
-    from eas_search.plugins import load_plugins
-    from eas_search.prediction import predictor_stage
-    from eas_search.stages import StageFolder, supernet_stage
-    from eas_search.workbench import Workbench
-
-    key = f"{folder}:{settings.fingerprint()}"
-    if key not in _bench:
-        set_threads(settings.jobs)
-        load_plugins(settings.plugins)
-        bench = Workbench.open(settings, folder)
-        stages = StageFolder(folder / "stages")
-        _bench[key] = (bench, *supernet_stage(bench, stages, None, lambda *_: None))
-        if settings.latency == "predicted":
-            predictor_stage(bench, stages)
-    bench, supernet, redundancy = _bench[key]
-    return evaluate(bench, supernet, redundancy, config, rival)
-
-
-@contextmanager
-def run_in_workers(settings: SearchSettings, folder: Path):  # type: ignore[no-untyped-def]
-    """A submit function over `settings.jobs` loky processes; what a killed worker was doing is queued again."""
-    from joblib.externals.loky import get_reusable_executor
-
-    def workers() -> Any:
-        # After a worker was killed loky's executor is broken; asking again gives a new one. Other arguments than before
-        # would do so too, after waiting for all that is under way.
-        return get_reusable_executor(max_workers=settings.jobs, timeout=600)
-
-    def submit(config: SkipConfig, rival: Rival | None = None) -> Future[TrialResult]:
-        return workers().submit(evaluate_in_worker, settings, folder, config, rival)
-
-    try:
-        yield submit
-    finally:
-        workers().shutdown(wait=False, kill_workers=True)
 
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

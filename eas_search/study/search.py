@@ -23,6 +23,7 @@ from eas_search.study.progress import Display
 from eas_search.study.storage import load_or_create, only_writer, open_storage, prepare_output, reap, undisturbed
 from eas_search.study.summary import Outcome, hand_over
 from eas_search.study.trials import Trials
+from eas_search.study.workers import workers
 from eas_search.workbench import Workbench
 
 
@@ -138,11 +139,12 @@ class _Search:
             with self._timed("predictor"):
                 self.display.stage("Latency predictor: timing a few configurations")
                 self.display.note(predictor_stage(bench, stages).describe())
-        with self._timed("trials"):
-            trials = Trials(self.study, bench, supernet, redundancy, self.folder, self.display)
-            completed = trials.run(deadline)
-        with self._timed("finalists"):
-            finals = hold_finals(self.study, bench, supernet, stages, self.display)
+        with workers(self.settings, self.folder) as pool:
+            with self._timed("trials"):
+                trials = Trials(self.study, bench, supernet, redundancy, self.folder, self.display, pool)
+                completed = trials.run(deadline)
+            with self._timed("finalists"):
+                finals = hold_finals(self.study, bench, supernet, stages, self.display, pool)
         if self.settings.latency == "predicted":
             self.display.note(describe_errors(finalists_errors(bench, finals.front)))
         for note in bench.caches.notes():

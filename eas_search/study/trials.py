@@ -15,9 +15,10 @@ from eas_search.samplers import make_sampler, ranking_prefixes
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
 from eas_search.stages import StageFolder
-from eas_search.study.loop import TrialLoop, run_here, run_in_workers
+from eas_search.study.loop import TrialLoop, run_here
 from eas_search.study.progress import Display, Tally
 from eas_search.study.storage import undisturbed
+from eas_search.study.workers import Workers
 from eas_search.supernet import Supernet
 from eas_search.workbench import Workbench
 
@@ -34,8 +35,9 @@ class Trials:
         bench: model, samples and search space.
         supernet: from which every student inherits.
         redundancy: scores of the searchable sites.
-        folder: the output folder, shared with the workers.
+        folder: the output folder.
         display: gets the news.
+        pool: needed where the settings want more than one job.
     """
 
     study: Study
@@ -44,6 +46,7 @@ class Trials:
     redundancy: list[float]
     folder: Path
     display: Display
+    pool: Workers | None = None
     tally: Tally = field(init=False)
 
     def __post_init__(self) -> None:
@@ -85,8 +88,9 @@ class Trials:
                 here = run_here(lambda c: evaluate(self.bench, self.supernet, self.redundancy, c, rival(c)))
                 loop.run(here, 1)
             else:
-                with run_in_workers(settings, self.folder) as submit:
-                    loop.run(lambda config: submit(config, rival(config)), settings.jobs)
+                assert self.pool is not None
+                evaluate_there = self.pool.evaluate
+                loop.run(lambda config: evaluate_there(config, rival(config)), settings.jobs)
             with undisturbed():  # of the last run that added trials: a later one has nothing to say about them
                 self.study.set_user_attr("caches", self.bench.caches.report())
         return self.tally.done

@@ -17,8 +17,11 @@ import psutil
 import pytest
 
 import eas_search
+from eas_search.finalists import Finalist, finalist_name, prepare_finalist
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
+from eas_search.stages import StageFolder
+from eas_search.study import finals
 from eas_search.study.frames import mark_chosen
 from eas_search.study.outputs import read_json
 from eas_search.study.progress import TrialNews
@@ -191,9 +194,16 @@ class Saboteur:
 def parallel(make_settings: Callable[..., SearchSettings], tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A search with two workers, one of which is killed on the way."""
     folder, settings, display = tmp_path_factory.mktemp("parallel"), make_settings(jobs=2, budget=7), Saboteur()
-    study = eas_search.create_study(settings, folder, "parallel")
-    result = eas_search.run_study(study, settings, folder, display)
-    return SimpleNamespace(study=study, result=result, killed=display.killed, folder=folder)
+    study, kept = eas_search.create_study(settings, folder, "parallel"), list[bool]()
+
+    def spied(bench: Any, supernet: Any, stages: StageFolder, number: int, config: SkipConfig) -> Finalist:
+        kept.append(stages.read(finalist_name(config)) is not None)
+        return prepare_finalist(bench, supernet, stages, number, config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finals, "prepare_finalist", spied)
+        result = eas_search.run_study(study, settings, folder, display)
+    return SimpleNamespace(study=study, result=result, killed=display.killed, folder=folder, kept=kept)
 
 
 def test_a_killed_worker_costs_no_trial_of_the_budget(parallel: SimpleNamespace) -> None:
@@ -217,3 +227,20 @@ def test_workers_get_the_same_accuracies_as_one_process(
     shared = set(alone) & set(together)
     assert shared
     assert {key: alone[key] for key in shared} == {key: together[key] for key in shared}
+
+
+def test_workers_prepare_the_finalists(
+    parallel: SimpleNamespace,
+    search: Callable[..., SimpleNamespace],
+    make_settings: Callable[..., SearchSettings],
+    tmp_path: Path,
+) -> None:
+    assert parallel.kept
+    assert all(parallel.kept)  # the coordinator trained none
+    alone = search(make_settings(budget=7), tmp_path)
+    ours, theirs = (
+        {file.name: read_json(file) for file in (folder / "stages").glob("finalist-*.json")}
+        for folder in (alone.folder, parallel.folder)
+    )
+    assert (shared := ours.keys() & theirs.keys())
+    assert {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}
