@@ -362,6 +362,12 @@ def test_skip_map_shows_the_skip_sets(study: PageData) -> None:
     assert shown == ordered["skip"].tolist()
 
 
+def test_skip_map_shows_a_chosen_point_that_is_off_the_front(study: PageData) -> None:
+    off = study.front.index[study.front["on_front"] & study.front["chosen"]][0]
+    front = study.front.assign(on_front=study.front["on_front"] & (study.front.index != off))
+    assert np.array_equal(skip_map(front, study.sites).data[1].z, skip_map(study.front, study.sites).data[1].z)
+
+
 def test_progress_ends_at_the_hypervolume_of_all_trials(study: PageData) -> None:
     values = figures.progress(study.trials).data[0].y
     assert values[-1] == pytest.approx(study.summary["hypervolume"])
