@@ -57,7 +57,8 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, GenerationMixin):
         """
         outputs = self.model(input_ids, pixel_values, attention_mask, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        # Contiguous: torch multiplies a strided slice as a batch, for which it copies the head's weight in bfloat16.
+        logits = self.lm_head(outputs.last_hidden_state[:, kept].contiguous())
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
