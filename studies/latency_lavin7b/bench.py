@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from published import prompt_flops, remerge_flops
-from rows import Case, compare, print_case, summary
+from rows import Case, compare, judged_by_bound, print_case, print_rows, summary
 from torch import Tensor, nn
-from variants import BOUND, PUBLISHED, ROUTED, STATIC, build_inputs, build_model, build_variants
+from variants import BOUND, OURS, PUBLISHED, ROUTED, STATIC, build_inputs, build_model, build_variants
 
 from eas_search.latency import LatencyConfig, LatencyReport, measure_latency
 from eas_search.merging import verify_merge
@@ -43,6 +43,13 @@ def measure_case(variants: dict[str, nn.Module], inputs: dict[str, Tensor], late
     single = len(inputs["input_ids"]) == 1
     others = {name: model for name, model in variants.items() if name != BOUND and (single or name != PUBLISHED)}
     return measure_latency(others, inputs, baseline=variants[BOUND], config=latency)
+
+
+def measure_bound(variants: dict[str, nn.Module], inputs: dict[str, Tensor], latency: LatencyConfig) -> dict[str, Any]:
+    """Our merges against the bound alone, prefill only: in a few per cent, slow neighbours in the round are noise."""
+    ours = {name: variants[name] for name in (f"{BOUND}, A/A", *OURS)}
+    report = measure_latency(ours, inputs, baseline=variants[BOUND], config=latency)
+    return {f"{name} / {BOUND}, prefill": judged_by_bound(measured.prefill.ratio) for name, measured in report.items()}
 
 
 def measure_batched(variants: dict[str, nn.Module], model: Any, case: Case, latency: LatencyConfig) -> dict[str, Any]:
@@ -98,6 +105,9 @@ def measure_shape(config: dict[str, Any], name: str, device: str, quick: bool) -
                 for form in (PUBLISHED, ROUTED):  # the forms of one student, or the times would mean nothing
                     verify_merge(variants["routed, not merged"], variants[form], inputs)
                 content["text_tower_flops"] = {"prompt": prompt, "remerge": again, "ratio": prompt / (prompt + again)}
+                fine = latency.model_copy(update={**shape["fine"], "decode_tokens": 0, **changes.get("fine", {})})
+                content["bound"] = measure_bound(variants, inputs, fine)
+                print_rows(content["bound"])
             report = measure_case(variants, inputs, latency)
             content |= {"conditions": report.conditions, "times": summary(report)}
             content["rows"] = compare(report, config["answers"])

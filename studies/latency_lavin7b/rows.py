@@ -74,6 +74,11 @@ def _judged(ratio: Ratio, target: float | None = None) -> dict[str, Any]:
     return {**ratio.to_dict(), "target": target, "verdict": verdict}
 
 
+def judged_by_bound(ratio: Ratio) -> dict[str, Any]:
+    """A ratio to the bound, and whether the target is reached."""
+    return _judged(ratio, TARGETS[BOUND])
+
+
 def summary(report: LatencyReport) -> dict[str, Any]:
     """Times by variant and phase in seconds, without the samples."""
     found = {}
@@ -111,10 +116,13 @@ def print_case(case: Case, report: LatencyReport, rows: dict[str, dict[str, Any]
             cells += [f"{1e3 * measured.decode.timing.median:.2f}", f"{measured.decode.ratio.estimate:.3f}"]
         table.add_row(*cells)
     console.print(table)
+    print_rows({name: row for name, row in rows.items() if "target" in row or PUBLISHED in name})
+
+
+def print_rows(rows: dict[str, dict[str, Any]]) -> None:
+    """A line each."""
+    console = Console()
     for name, row in rows.items():
-        if "target" in row or PUBLISHED in name:
-            goal = f"   target {row['target']}: {row['verdict']}" if "target" in row else ""
-            low, high = row["within_run"]
-            console.print(
-                f"{name}: {row['estimate']:.3f} ({low:.3f} – {high:.3f}){goal}", highlight=False, soft_wrap=True
-            )
+        goal = f"   target {row['target']}: {row['verdict']}" if "target" in row else ""
+        low, high = row["within_run"]
+        console.print(f"{name}: {row['estimate']:.3f} ({low:.3f} – {high:.3f}){goal}", highlight=False, soft_wrap=True)

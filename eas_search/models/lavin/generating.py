@@ -57,8 +57,9 @@ class LavinForConditionalGeneration(LavinPreTrainedModel, GenerationMixin):
         """
         outputs = self.model(input_ids, pixel_values, attention_mask, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        # Contiguous: torch multiplies a strided slice as a batch, for which it copies the head's weight in bfloat16.
-        logits = self.lm_head(outputs.last_hidden_state[:, kept].contiguous())
+        rows = outputs.last_hidden_state[:, kept]
+        # As a matrix: torch multiplies a strided slice as a batch, for which it copies the head's weight in bfloat16.
+        logits = self.lm_head(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
