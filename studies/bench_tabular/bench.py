@@ -28,26 +28,21 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 from intervals import mean_interval, median_interval  # noqa: E402
 from record import load_config, write_result  # noqa: E402
-from table import Judge, Table  # noqa: E402
+from table import Judge, Table, config_of, number_of  # noqa: E402
 
 Numbers = NDArray[np.int64]
 EXHAUSTIVE = 300  # of all sets, those best by validation: what a search's surrogate is fitted to at most
-
-
-def number_of(space: SearchSpace, skip: Any) -> int:
-    """The row of a skip set."""
-    return sum(1 << int(index) for index in skip)
 
 
 def play(space: SearchSpace, sampler: Proposer, first: Numbers, judge: Judge, budget: int) -> Numbers:
     """The sets that a sampler tries, in order, behind those that are queued first."""
     study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
     for number in first:
-        study.enqueue_trial(space.to_params(space.config([i for i in range(len(space.sites)) if number >> i & 1])))
+        study.enqueue_trial(space.to_params(config_of(space, int(number))))
     tried = []
     for _ in range(budget):
         trial = study.ask(space.distributions())
-        tried.append(number_of(space, space.to_config(trial.params).skip))
+        tried.append(number_of(space.to_config(trial.params).skip))
         study.tell(trial, [judge.validation[tried[-1]], judge.latency[tried[-1]]])
     return np.array(tried)
 
@@ -55,7 +50,7 @@ def play(space: SearchSpace, sampler: Proposer, first: Numbers, judge: Judge, bu
 def prefixes(table: Table, space: SearchSpace, metrics: tuple[str, ...], count: int) -> Numbers:
     """Prefixes of these rankings."""
     chosen = {name: table.rankings()[name] for name in metrics}
-    return np.array([number_of(space, one.skip) for one in ranking_prefixes(space, chosen, count)])
+    return np.array([number_of(one.skip) for one in ranking_prefixes(space, chosen, count)])
 
 
 def search(table: Table, judge: Judge, name: str, seed: int, config: dict[str, Any], budget: int) -> Numbers:

@@ -1,6 +1,6 @@
 """Which samples every skip set of the demo answers rightly, with closed-form PIAs and no training per set.
 
-    python studies/bench_tabular/build.py [--table deletion] [--free 8 --output /tmp/small]
+    python studies/bench_tabular/build.py [--table deletion] [--free 8 --output FOLDER]
 
 With the default four thousand sets it takes about a quarter of an hour on two quiet cores; run again, it goes on behind
 the chunks of samples that are finished.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,6 +76,16 @@ class Table:
         return -(-sum(self.record["rankings"][name]["samples"] for name in metrics) // samples)
 
 
+def number_of(skip: Iterable[int | str]) -> int:
+    """The row of a skip set."""
+    return sum(1 << int(index) for index in skip)
+
+
+def config_of(space: SearchSpace, number: int) -> SkipConfig:
+    """Inverse of `number_of`, with the space's one rank and placement."""
+    return space.config([i for i in range(len(space.sites)) if number >> i & 1])
+
+
 @dataclass(frozen=True)
 class Judge:
     """One division of the samples into validation, selection and test; accuracies of all sets, [2^L] each."""
@@ -101,7 +112,7 @@ class Judge:
     def finals(self, numbers: NDArray[np.int64], space: SearchSpace, count: int, places: int) -> NDArray[np.int64]:
         """The finalists among these sets: shrinkage, shortlist and race of a search, see `eas_search.racing`."""
         validation, selection, _ = self.parts
-        configs = [space.config([i for i in range(len(space.sites)) if number >> i & 1]) for number in numbers.tolist()]
+        configs = [config_of(space, number) for number in numbers.tolist()]
         seen = np.full(len(numbers), len(validation))
         costs = np.broadcast_to(self.latency[numbers][:, None], (3, len(numbers), 1))
         packed = [pack(self.right[number, validation]) for number in numbers]
