@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import moocore
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
@@ -74,7 +75,7 @@ class Choice:
 def select_finalists(accuracy: ArrayLike, costs: ArrayLike, count: int) -> list[int]:
     """Positions of at most `count` points: the front first, then the front of what is left, and so on.
 
-    A front that is too long is thinned evenly along its first cost, both ends kept. Arguments as for `non_dominated`.
+    A front that is too long is thinned, see `thinned`. Arguments as for `non_dominated`.
     """
     acc, cost = np.asarray(accuracy, dtype=float), np.asarray(costs, dtype=float).reshape(len(np.asarray(accuracy)), -1)
     left = np.arange(len(acc))
@@ -83,14 +84,31 @@ def select_finalists(accuracy: ArrayLike, costs: ArrayLike, count: int) -> list[
         layer = left[non_dominated(acc[left], cost[left])]
         if not len(layer):
             break
-        room = count - len(chosen)
-        if len(layer) > room:
-            ordered = layer[np.argsort(cost[layer, 0], kind="stable")]
-            chosen += ordered[np.unique(np.linspace(0, len(ordered) - 1, room).round().astype(int))].tolist()
-            break
-        chosen += layer.tolist()
+        chosen += layer[thinned(acc[layer], cost[layer], count - len(chosen))].tolist()
         left = np.setdiff1d(left, layer)
     return sorted(chosen)
+
+
+def thinned(accuracy: FloatArray, costs: FloatArray, count: int) -> list[int]:
+    """Positions of `count` points of a front (all of them if there are no more), the best of each objective among them.
+
+    As in SMS-EMOA (Beume, Naujoks & Emmerich, EJOR 2007) the one that adds least to the hypervolume is left out, time
+    and again; every objective is scaled to its range, so that no unit counts for more.
+
+    Args:
+        accuracy: [points].
+        costs: [points, costs].
+        count: how many to keep.
+    """
+    points = np.column_stack([-accuracy, costs])
+    ends = set(points.argmin(axis=0).tolist()) if count > points.shape[1] else set()
+    scaled = (points - points.min(axis=0)) / (np.ptp(points, axis=0) + np.finfo(float).tiny)
+    rows = list(range(len(points)))
+    while len(rows) > count:
+        added = moocore.hv_contributions(scaled[rows], ref=np.full(points.shape[1], 1.1))
+        added[[place for place, row in enumerate(rows) if row in ends]] = np.inf
+        rows.pop(int(added.argmin()))
+    return rows
 
 
 def round_ends(count: int, first: int = FIRST) -> list[int]:

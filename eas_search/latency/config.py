@@ -34,7 +34,7 @@ class LatencyConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rounds: int = Field(default=12, ge=3)
-    blocks: int = Field(default=4, ge=1)
+    blocks: int = Field(default=3, ge=1)
     warmup: int = Field(default=1, ge=0)
     decode_tokens: int = Field(default=4, ge=0)
     min_sample_s: float = Field(default=0.002, gt=0)

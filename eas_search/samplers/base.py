@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,9 @@ class Proposer(BaseSampler):
     def __init__(self, space: SearchSpace, seed: int) -> None:
         self.space, self.seed = space, seed
         self.origins: dict[int, str] = {}
+        self._values = itemgetter(*space.distributions())
         self._configs: dict[tuple[Any, ...], SkipConfig] = {}
+        self._known: tuple[Sequence[FrozenTrial], set[SkipConfig]] = ([], set())
 
     @abstractmethod
     def propose(self, others: Sequence[FrozenTrial], rng: np.random.Generator) -> tuple[SkipConfig, str]:
@@ -75,12 +78,14 @@ class Proposer(BaseSampler):
         raise AssertionError(f"parameter {param_name!r} is not part of the search space")
 
     def known(self, trials: Sequence[FrozenTrial]) -> set[SkipConfig]:
-        """The configurations of these trials."""
-        return {self.config_of(trial) for trial in trials if trial.params}
+        """The configurations of these trials. Who proposes and who checks the proposal ask for the same ones."""
+        if self._known[0] is not trials:
+            self._known = (trials, {self.config_of(trial) for trial in trials if trial.params})
+        return self._known[1]
 
     def config_of(self, trial: FrozenTrial) -> SkipConfig:
         """Its configuration; equal parameters are turned into one only once."""
-        key = (*trial.params, *trial.params.values())
+        key = self._values(trial.params)
         if key not in self._configs:
             self._configs[key] = self.space.to_config(trial.params)
         return self._configs[key]

@@ -47,6 +47,7 @@ class FrontSampler(Proposer):
         # Ranks, not values: the scores' unit depends on the metric.
         mean_rank = np.mean([ranks(np.asarray(one, dtype=float)) for one in scores], axis=0)
         self.pull = np.exp(2.0 * (1.0 - ranks(-mean_rank)))
+        self.position = {int(site.index): i for i, site in enumerate(space.sites)}
         self.variances: dict[tuple[int, ...], Variances] = {}
 
     def propose(self, others: Sequence[FrozenTrial], rng: np.random.Generator) -> tuple[SkipConfig, str]:
@@ -54,7 +55,8 @@ class FrontSampler(Proposer):
         done = [trial for trial in others if trial.state == TrialState.COMPLETE]
         if len(done) < 2:
             return self._draw(rng), "draw"
-        surrogate, front = self._learn(self._best(done), [trial for trial in others if not trial.state.is_finished()])
+        waiting = [self.config_of(trial) for trial in others if trial.params and not trial.state.is_finished()]
+        surrogate, front = self._learn(self._best(done), waiting, self._variances(done))
         pool = self._pool(front.members, self.known(others), rng)
         if not pool:
             return self._draw(rng), "draw"
@@ -72,15 +74,17 @@ class FrontSampler(Proposer):
         np.maximum.at(best, sizes, accuracies)
         return [done[i] for i in np.sort(np.argsort(best[sizes] - accuracies, kind="stable")[:MOST_TRIALS])]
 
-    def _learn(self, done: Sequence[FrozenTrial], pending: Sequence[FrozenTrial]) -> tuple[Surrogate, Front]:
+    def _learn(
+        self, done: Sequence[FrozenTrial], waiting: Sequence[SkipConfig], variances: Variances
+    ) -> tuple[Surrogate, Front]:
         """The surrogate, and the front of what it makes of the trials."""
         configs, accuracies = [self.config_of(trial) for trial in done], [float(trial.values[0]) for trial in done]
-        surrogate = Surrogate(self.encoder, configs, accuracies, self._variances(done))
-        if waiting := [self.config_of(trial) for trial in pending if trial.params]:
+        surrogate = Surrogate(self.encoder, configs, accuracies, variances)
+        if waiting:
             # Parallel workers: what is under way counts as if it had come out as expected.
             expected = surrogate.accuracy(waiting).tolist()
             configs, accuracies = [*configs, *waiting], [*accuracies, *expected]
-            surrogate = Surrogate(self.encoder, configs, accuracies, surrogate.variances)
+            surrogate = Surrogate(self.encoder, configs, accuracies, variances)
         return surrogate, Front(self.space, configs, surrogate.accuracy(configs))
 
     def _variances(self, done: Sequence[FrozenTrial]) -> Variances:
@@ -120,18 +124,18 @@ class FrontSampler(Proposer):
                 return None
             skip.discard(leaver)
         if move in ("swap", "grow"):
-            joiner = self._pick({site.index for site in self.space.sites} - skip, self.pull, rng)
+            joiner = self._pick(self.position.keys() - skip, self.pull, rng)
             if joiner is None:
                 return None
             skip.add(joiner)
         return self.space.config(sorted(skip), dim, placement) if len(skip) in self.space.sizes else None
 
     def _pick(self, among: set[int], pull: np.ndarray, rng: np.random.Generator) -> int | None:
-        positions = [i for i, site in enumerate(self.space.sites) if site.index in among]
-        if not positions:
+        if not among:
             return None
-        weights = pull[positions] / pull[positions].sum()
-        return self.space.sites[int(rng.choice(positions, p=weights))].index
+        positions = sorted(self.position[index] for index in among)
+        heaps = pull[positions].cumsum()  # `rng.choice` checks more than it draws
+        return self.space.sites[positions[int(heaps.searchsorted(rng.random() * heaps[-1], side="right"))]].index
 
     def _draw(self, rng: np.random.Generator) -> SkipConfig:
         n = len(self.space.sites)

@@ -83,21 +83,26 @@ class Encoder:
         # As ranks and as values: one tells the order, the other how much worse the worst site is.
         forms = [form(np.asarray(one, dtype=float)) for one in rankings for form in (ranks, spread)]
         self.metrics = np.stack(forms, axis=1) if forms else np.zeros((len(self.column), 0))
+        self.rows: dict[SkipConfig, Array] = {}  # most are asked for again at every proposal
 
     def __call__(self, configs: Sequence[SkipConfig]) -> Features:
         """The features of these configurations."""
-        choices, sites = self.space.choices, len(self.column)
-        skip = np.zeros((len(configs), sites))
-        dress = np.zeros((len(configs), 1 + len(choices.placements)))
-        widest = np.log2(1 + max(choices.pia_dims)) or 1.0
-        for row, config in enumerate(configs):
-            skip[row, [self.column[int(index)] for index in config.skip]] = 1.0
-            dress[row, 0] = np.log2(1 + config.pia_dim) / widest
-            dress[row, 1 + choices.placements.index(config.placement)] = 1.0
+        sites = len(self.column)
+        skip, dress = np.split(np.stack([self._row(config) for config in configs]), [sites], axis=1)
         share = skip.mean(axis=1, keepdims=True)
         metrics = skip @ self.metrics / sites / np.sqrt(max(1, self.metrics.shape[1]))
         parts = (np.sqrt(SIZE) * share, np.sqrt(METRICS) * metrics, np.sqrt(DRESS) * dress * share)
         return Features(skip, np.concatenate(parts, axis=1))
+
+    def _row(self, config: SkipConfig) -> Array:
+        """Which sites are skipped, the rank, and which placement."""
+        if config not in self.rows:
+            dims, placements, sites = self.space.choices.pia_dims, self.space.choices.placements, len(self.column)
+            row = self.rows[config] = np.zeros(sites + 1 + len(placements))
+            row[[self.column[int(index)] for index in config.skip]] = 1.0
+            row[sites] = np.log2(1 + config.pia_dim) / (np.log2(1 + max(dims)) or 1.0)
+            row[sites + 1 + placements.index(config.placement)] = 1.0
+        return self.rows[config]
 
 
 class Surrogate:

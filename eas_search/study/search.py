@@ -19,6 +19,7 @@ from eas_search.samplers import check_budget
 from eas_search.settings import SearchSettings
 from eas_search.stages import Baseline, StageFolder, baseline_stage, supernet_stage
 from eas_search.study.finals import hold_finals
+from eas_search.study.heap import settled_heap
 from eas_search.study.progress import Display
 from eas_search.study.storage import load_or_create, only_writer, open_storage, prepare_output, reap, undisturbed
 from eas_search.study.summary import Outcome, hand_over
@@ -122,6 +123,10 @@ class _Search:
                 self.display.note(f"Data: {note}")
             for site, reason in bench.refused.items():
                 self.display.note(f"Left out of the search: {site}: {reason}")
+        with settled_heap():
+            return self._search(bench, deadline)
+
+    def _search(self, bench: Workbench, deadline: float | None) -> SearchResult:
         stages = StageFolder(self.folder / "stages")
         with self._timed("baseline"):
             self.display.stage("Baseline: score, adapter-only fine-tune and latency of the unmodified model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, Future, as_completed
 from contextlib import contextmanager
@@ -88,6 +89,7 @@ def _open(settings: SearchSettings, folder: Path) -> tuple[Workbench, Supernet, 
         if settings.latency == "predicted":
             predictor_stage(bench, stages)
         _opened[key] = (bench, supernet, redundancy)
+        gc.freeze()  # see `heap.settled_heap`: the process does nothing else until it ends
     return _opened[key]
 
 
