@@ -83,6 +83,14 @@ def test_process_sd_adds_in_quadrature() -> None:
         repeat_interval(np.zeros((1, 3)), 0.95, 0.01)
 
 
+def test_the_deviation_between_processes_is_judged_from_the_rounds() -> None:
+    same = np.zeros((6, 3))
+    assert repeat_interval(same, 0.95)[1] == pytest.approx(1.959964 * 0.006 * 2**0.5)
+    logs = np.random.default_rng(3).normal(size=(8, 3))
+    expected = (0.006**2 + 0.3**2 * np.median(logs, axis=1).var(ddof=1)) ** 0.5
+    assert repeat_interval(logs, 0.9) == repeat_interval(logs, 0.9, process_sd=expected)
+
+
 def test_bootstrap_matches_a_plain_loop_and_is_deterministic() -> None:
     logs = np.random.default_rng(0).normal(size=(6, 3))
     medians = np.median(logs, axis=1)
@@ -113,6 +121,21 @@ def test_interval_covers_a_repeated_measurement(rounds: int, blocks: int) -> Non
         inside_bootstrap += low <= log_estimate(again) <= high
     assert inside >= 0.95 * 400
     assert inside_bootstrap < 0.85 * 400  # why it is not what a measurement promises
+
+
+@pytest.mark.parametrize("busy", [1.0, 3.0, 10.0])
+def test_interval_widens_with_the_load(busy: float) -> None:
+    """Processes differ by a quarter of what rounds differ by, from a quiet machine to a very busy one."""
+    rng, inside, runs = np.random.default_rng(11), 0, 400
+
+    def measured() -> np.ndarray:
+        rounds = rng.normal(scale=0.02 * busy, size=(12, 1))
+        return rng.normal(scale=0.005 * busy) + rounds + rng.normal(scale=0.01 * busy, size=(12, 3))
+
+    for _ in range(runs):
+        low, high = repeat_interval(measured(), 0.95)
+        inside += low <= log_estimate(measured()) <= high
+    assert inside >= 0.95 * runs
 
 
 # ---------------------------------------------------------------- values

@@ -21,9 +21,8 @@ class LatencyConfig(BaseModel):
         threads: torch's intra-op threads during the run; None leaves torch's setting.
         confidence: of the intervals.
         process_sd: standard deviation of the log ratio between one occasion and the next (another process,
-            other neighbours) that the rounds of one run do not show, see `statistics.repeat_interval`. The
-            default is what `studies/bench_latency_aa` measured on a machine with a changing load; 0.005 is
-            enough on one that is quiet every time.
+            other neighbours) that the rounds of one run do not show, see `statistics.repeat_interval`. None
+            judges it from how much the rounds differ, as `studies/bench_latency_aa` found it.
         fresh_copies: time copies whose weights move before every round; None does when all models together
             hold less than 1 GiB. Models compiled with `torch.compile` need False.
         seed: of the order within the blocks and of the bootstrap; torch's random state is not touched.
@@ -40,7 +39,7 @@ class LatencyConfig(BaseModel):
     min_sample_s: float = Field(default=0.002, gt=0)
     threads: int | None = Field(default=None, ge=1)
     confidence: float = Field(default=0.95, gt=0, lt=1)
-    process_sd: float = Field(default=0.02, ge=0)
+    process_sd: float | None = Field(default=None, ge=0)
     fresh_copies: bool | None = None
     seed: int = Field(default=0, ge=0)
     time_limit_s: float | None = Field(default=60.0, gt=0)

@@ -23,6 +23,7 @@ from torch import nn
 
 from eas_search.architectures import AttentionSite
 from eas_search.exceptions import EasSearchError
+from eas_search.latency.statistics import process_deviation
 from eas_search.skip_config import SkipConfig
 
 Row = dict[str, float]
@@ -145,7 +146,7 @@ class LatencyPredictor:
 
 
 def fit_predictor(
-    rows: Sequence[Row], ratios: Sequence[float], confidence: float = 0.95, process_sd: float = 0.0
+    rows: Sequence[Row], ratios: Sequence[float], confidence: float = 0.95, process_sd: float | None = 0.0
 ) -> LatencyPredictor:
     """Least squares of the relative errors, because timings scatter in proportion to what they measure.
 
@@ -153,7 +154,8 @@ def fit_predictor(
         rows: measured configurations, from `terms_of`.
         ratios: their measured times over the baseline's.
         confidence: of the predictor's intervals.
-        process_sd: standard deviation of the log ratio between processes, as in `LatencyConfig`.
+        process_sd: standard deviation of the log ratio between processes, as in `LatencyConfig`; None judges it from
+            the residuals.
 
     Raises:
         ValueError: no more rows than independent terms, so that nothing would say how good the fit is.
@@ -172,14 +174,15 @@ def fit_predictor(
     found = solve(every)
     residuals = relative @ found - 1
     errors = tuple(float(relative[i] @ solve(np.delete(every, i)) - 1) for i in every)
+    residual_sd = float(np.sqrt(residuals @ residuals / freedom))
     spread = np.linalg.inv(relative.T @ relative) / np.outer(scale, scale)
     return LatencyPredictor(
         coefficients=dict(zip(terms, (found / scale).tolist(), strict=True)),
         known=tuple(sorted({term for row in rows for term in row})),
         spread=tuple(map(tuple, spread.tolist())),
-        residual_sd=float(np.sqrt(residuals @ residuals / freedom)),
+        residual_sd=residual_sd,
         freedom=freedom,
         errors=errors,
         confidence=confidence,
-        process_sd=process_sd,
+        process_sd=process_deviation(residual_sd) if process_sd is None else process_sd,
     )

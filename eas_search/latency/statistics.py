@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 FloatArray = NDArray[np.float64]
+QUIET_PROCESS_SD, ROUNDS_TO_PROCESS = 0.006, 0.3
 
 
 def paired_log_ratios(candidate: ArrayLike, baseline: ArrayLike) -> FloatArray:
@@ -48,7 +49,17 @@ def _trimmed(rounds: int) -> int:
     return rounds // 4 if rounds >= 5 else 0
 
 
-def repeat_interval(log_ratios: FloatArray, confidence: float, process_sd: float) -> tuple[float, float]:
+def process_deviation(round_sd: float) -> float:
+    """Standard deviation of the log ratio between one occasion and the next, judged from the rounds of one run.
+
+    Rounds that differ betray a machine with changing neighbours, on which other occasions will differ, too. Both
+    constants are those with which `studies/bench_latency_aa` found the promised coverage, on two busy occasions and a
+    quiet one.
+    """
+    return float(np.hypot(QUIET_PROCESS_SD, ROUNDS_TO_PROCESS * round_sd))
+
+
+def repeat_interval(log_ratios: FloatArray, confidence: float, process_sd: float | None = None) -> tuple[float, float]:
     """Interval of log ratios for the *estimate of a repeated measurement*, in another process.
 
     Of R rounds h are left after trimming, and s_w is the standard deviation of the winsorised round medians
@@ -71,7 +82,8 @@ def repeat_interval(log_ratios: FloatArray, confidence: float, process_sd: float
     Args:
         log_ratios: shape (rounds, blocks), at least two rounds.
         confidence: in (0, 1).
-        process_sd: standard deviation of the log ratio between runs that the rounds within one do not show.
+        process_sd: standard deviation of the log ratio between runs that the rounds within one do not show; None:
+            `process_deviation` of the round medians' standard deviation.
 
     Raises:
         ValueError: fewer than two rounds.
@@ -84,9 +96,10 @@ def repeat_interval(log_ratios: FloatArray, confidence: float, process_sd: float
     left = rounds - 2 * cut
     winsorised = np.clip(centres, centres[cut], centres[rounds - cut - 1])
     variance = float(winsorised.var(ddof=1)) * (rounds - 1) / (left * (left - 1))
+    between = process_deviation(float(centres.std(ddof=1))) if process_sd is None else process_sd
     tail = (1 + confidence) / 2
     sampling = float(stats.t.ppf(tail, left - 1)) * (2 * variance) ** 0.5
-    process = float(stats.norm.ppf(tail)) * process_sd * 2**0.5
+    process = float(stats.norm.ppf(tail)) * between * 2**0.5
     centre, half = float(log_estimate(log_ratios)), float(np.hypot(sampling, process))
     return centre - half, centre + half
 

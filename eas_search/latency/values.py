@@ -70,7 +70,7 @@ class Ratio:
     confidence: float
 
     @classmethod
-    def of(cls, candidate: Timing, baseline: Timing, confidence: float, process_sd: float, seed: int) -> Ratio:
+    def of(cls, candidate: Timing, baseline: Timing, confidence: float, process_sd: float | None, seed: int) -> Ratio:
         """The ratio of two interleaved timings; seed is the bootstrap's."""
         logs = paired_log_ratios(candidate.samples, baseline.samples)
         low, high = np.exp(repeat_interval(logs, confidence, process_sd))

@@ -32,6 +32,7 @@ from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
 from eas_search.stages import StageFolder, empty_supernet
 from eas_search.study import create_study
+from eas_search.study.heap import settled_heap
 from eas_search.study.loop import TrialLoop, run_here
 from eas_search.study.progress import PlainDisplay, Tally
 from eas_search.study.trials import Trials
@@ -63,7 +64,7 @@ def toolkit(
     """One trials stage with a new study in a new SQLite file: (configurations, their objectives, seconds)."""
     with tempfile.TemporaryDirectory() as folder:
         study = create_study(bench.settings, Path(folder), "overhead")
-        with stopwatch() as watch:
+        with settled_heap(), stopwatch() as watch:  # as in `run_study`
             Trials(study, bench, supernet, ranking, Path(folder), display()).run()
         trials = study.get_trials(deepcopy=False)
         configs = [bench.space.to_config(trial.params) for trial in trials]
@@ -141,7 +142,8 @@ def at_many_trials(bench: Workbench, history: int, measured: int, seed: int) -> 
             stamps.append(time.perf_counter())
             return result
 
-        loop.run(run_here(evaluate), 1)
+        with settled_heap():
+            loop.run(run_here(evaluate), 1)
     return {name: values[1:] for name, values in seconds.items()}  # the first cycle includes the loop's start
 
 

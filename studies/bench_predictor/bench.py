@@ -28,6 +28,7 @@ from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import apply_skips
 from eas_search.stages import StageFolder
+from eas_search.study.heap import settled_heap
 from eas_search.workbench import Workbench
 
 HERE = Path(__file__).parent
@@ -112,9 +113,10 @@ def main() -> None:
     configs = random_configs(bench, config["sets"], seed)
     models = [merge(apply_skips(bench.model, one)).eval() for one in configs]  # untrained: the shapes are the same
     fits, runs = [], []
-    for _ in range(config["fits"]):
-        fits.append(predicted(bench, configs))
-        runs.append(measured(bench, models, configs))
+    with settled_heap():  # as in a search
+        for _ in range(config["fits"]):
+            fits.append(predicted(bench, configs))
+            runs.append(measured(bench, models, configs))
     report = measure_latency(
         {str(i): model for i, model in enumerate(models)},
         bench.latency_inputs(),
