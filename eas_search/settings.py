@@ -197,7 +197,7 @@ class SearchSettings(LoadSettings):
     latency_batch: int = Field(default=8, ge=1)
     latency: LatencySource = "predicted"
     fit_passes: int = Field(default=4, ge=1)
-    fit_latency: LatencyConfig = LatencyConfig.fast(rounds=3, blocks=1, warmup=0, time_limit_s=20.0)
+    fit_latency: LatencyConfig = LatencyConfig.fast(rounds=5, blocks=1, warmup=0, time_limit_s=20.0)
     trial_latency: LatencyConfig = LatencyConfig.fast()
     final_latency: LatencyConfig = LatencyConfig()
     _trust_remote_code: bool = PrivateAttr(default=False)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
+from threadpoolctl import ThreadpoolController
 
 from eas_search.samplers.base import Proposer
 from eas_search.samplers.improvement import Front
@@ -49,9 +50,15 @@ class FrontSampler(Proposer):
         self.pull = np.exp(2.0 * (1.0 - ranks(-mean_rank)))
         self.position = {int(site.index): i for i, site in enumerate(space.sites)}
         self.variances: dict[tuple[int, ...], Variances] = {}
+        self.threads = ThreadpoolController()
 
     def propose(self, others: Sequence[FrozenTrial], rng: np.random.Generator) -> tuple[SkipConfig, str]:
         """The most promising of many variations, and the move that led to it."""
+        # Matrices of a few hundred rows: with several threads most of the time goes into waiting for each other.
+        with self.threads.limit(limits=1, user_api="blas"):
+            return self._propose(others, rng)
+
+    def _propose(self, others: Sequence[FrozenTrial], rng: np.random.Generator) -> tuple[SkipConfig, str]:
         done = [trial for trial in others if trial.state == TrialState.COMPLETE]
         if len(done) < 2:
             return self._draw(rng), "draw"
