@@ -90,10 +90,11 @@ def select_finalists(accuracy: ArrayLike, costs: ArrayLike, count: int) -> list[
 
 
 def thinned(accuracy: FloatArray, costs: FloatArray, count: int) -> list[int]:
-    """Positions of `count` points of a front (all of them if there are no more), the best of each objective among them.
+    """Positions of `count` points of a front (all of them if there are no more).
 
     As in SMS-EMOA (Beume, Naujoks & Emmerich, EJOR 2007) the one that adds least to the hypervolume is left out, time
-    and again; every objective is scaled to its range, so that no unit counts for more.
+    and again; every objective is scaled to its range, so that no unit counts for more. The best of each objective is
+    kept where there are more places than objectives.
 
     Args:
         accuracy: [points].

@@ -48,7 +48,6 @@ class FrontSampler(Proposer):
         # Ranks, not values: the scores' unit depends on the metric.
         mean_rank = np.mean([ranks(np.asarray(one, dtype=float)) for one in scores], axis=0)
         self.pull = np.exp(2.0 * (1.0 - ranks(-mean_rank)))
-        self.position = {int(site.index): i for i, site in enumerate(space.sites)}
         self.variances: dict[tuple[int, ...], Variances] = {}
         self.threads = ThreadpoolController()
 
@@ -131,7 +130,7 @@ class FrontSampler(Proposer):
                 return None
             skip.discard(leaver)
         if move in ("swap", "grow"):
-            joiner = self._pick(self.position.keys() - skip, self.pull, rng)
+            joiner = self._pick(self.encoder.column.keys() - skip, self.pull, rng)
             if joiner is None:
                 return None
             skip.add(joiner)
@@ -140,7 +139,7 @@ class FrontSampler(Proposer):
     def _pick(self, among: set[int], pull: np.ndarray, rng: np.random.Generator) -> int | None:
         if not among:
             return None
-        positions = sorted(self.position[index] for index in among)
+        positions = sorted(self.encoder.column[index] for index in among)
         heaps = pull[positions].cumsum()  # `rng.choice` checks more than it draws
         return self.space.sites[positions[int(heaps.searchsorted(rng.random() * heaps[-1], side="right"))]].index
 
