@@ -180,8 +180,10 @@ class Saboteur:
     killed: list[int] = field(default_factory=list)
 
     def trial(self, news: TrialNews) -> None:
+        if news.done < 2 or self.killed:  # a killed process has no command line to look at
+            return
         workers = [child for child in psutil.Process().children() if "popen_loky" in " ".join(child.cmdline())]
-        if news.done >= 2 and not self.killed and workers:
+        if workers:
             workers[0].kill()
             self.killed.append(workers[0].pid)
 
