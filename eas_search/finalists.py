@@ -15,7 +15,7 @@ from eas_search.measures import accuracy_interval, kv_bytes_per_token, parameter
 from eas_search.merging import merge
 from eas_search.objective import make_student
 from eas_search.skip_config import SkipConfig
-from eas_search.skipping import adapter_parameters, apply_skips, load_adapters
+from eas_search.skipping import adapter_parameters, load_adapters
 from eas_search.stages import StageFolder
 from eas_search.supernet import Supernet
 from eas_search.training import sample_scores
@@ -77,7 +77,7 @@ def prepare_finalist(
     else:
         content, adapters = kept
         scores = adapters.pop(SCORES)
-        student = apply_skips(bench.model, config)
+        student = bench.student(config)
         load_adapters(student, adapters)
         student.eval()
     merged = merge(student).eval()

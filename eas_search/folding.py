@@ -74,10 +74,14 @@ def fold_pia(pia: Pia, gain: Tensor, shift: Tensor | None, pooled: bool) -> Fold
 
 def linear(weight: Tensor, bias: Tensor | None, like: Tensor) -> nn.Linear:
     """A frozen linear layer with these float64 values in the dtype of `like`."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer = nn.Linear.__new__(nn.Linear)  # its own initialisation takes longer than the folding
+    nn.Module.__init__(layer)
+    layer.out_features, layer.in_features = weight.shape
     layer.weight = nn.Parameter(weight.detach().to(like.dtype).contiguous(), requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().to(like.dtype), requires_grad=False)
+    else:
+        layer.register_parameter("bias", None)
     return layer
 
 

@@ -23,7 +23,6 @@ from eas_search.merging import merge
 from eas_search.names import Objective
 from eas_search.rungs import Rival, rung_ends, score_in_rungs
 from eas_search.skip_config import SkipConfig
-from eas_search.skipping import apply_skips
 from eas_search.supernet import Supernet
 from eas_search.training import FineTuneConfig, fine_tune, sample_scores
 from eas_search.workbench import Workbench
@@ -77,7 +76,7 @@ def trial_seed(seed: int, config: SkipConfig) -> int:
 
 def make_student(bench: Workbench, supernet: Supernet, config: SkipConfig, training: FineTuneConfig) -> nn.Module:
     """The fine-tuned student of a configuration: inherits from the supernet, then trains its own adapters."""
-    student, train, settings = apply_skips(bench.model, config), bench.splits["train"], bench.settings.supernet
+    student, train, settings = bench.student(config), bench.splits["train"], bench.settings.supernet
     if settings.refit and settings.training.steps == 0 and config.skip and config.pia_dim:
         with bench.guard(), supernet.refitted(config, list(train.subset(settings.refit).batches(64))):
             supernet.inherit(student)

@@ -21,7 +21,6 @@ from eas_search.latency.predictor import (
 from eas_search.merging import merge
 from eas_search.search_space import SearchSpace
 from eas_search.skip_config import SkipConfig
-from eas_search.skipping import apply_skips
 from eas_search.stages import StageFolder
 from eas_search.workbench import Workbench
 
@@ -99,7 +98,7 @@ def _ratios(bench: Workbench, configs: Sequence[SkipConfig]) -> list[float]:
     ratios, inputs = [], bench.latency_inputs()
     for start in range(0, len(configs), together):
         group = enumerate(configs[start : start + together])
-        models = {str(position): merge(apply_skips(bench.model, config)).eval() for position, config in group}
+        models = {str(position): merge(bench.student(config)).eval() for position, config in group}
         with bench.quiet.exclusive():
             report = measure_latency(models, inputs, baseline=bench.model, config=bench.settings.fit_latency)
         ratios += [report[name].prefill.ratio.estimate for name in models]

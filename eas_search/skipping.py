@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import types
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from eas_search.architectures import AttentionSite, attention_sites, resolve_ski
 from eas_search.architectures.surroundings import takes_tokens
 from eas_search.blocks import skip_site
 from eas_search.context import TokenContext
+from eas_search.copying import copy_modules
 from eas_search.exceptions import ConfigError
 from eas_search.head import own_head
 from eas_search.hooks import EnterStack, LeaveStack, NotePrompt
@@ -55,10 +55,10 @@ def share_copy(model: Model) -> Model:
         memo[id(tensor)] = view
     for buffer in model.buffers():
         memo[id(buffer)] = buffer
-    return copy.deepcopy(model, memo)
+    return copy_modules(model, memo)
 
 
-def apply_skips(model: Model, config: SkipConfig) -> Model:
+def apply_skips(model: Model, config: SkipConfig, sites: Sequence[AttentionSite] | None = None) -> Model:
     """A student: `model` without the attentions that `config` skips, with PIAs and light adapters in place.
 
     The student shares the frozen weights; only the new adapters are trainable. `model` itself is untouched. Adapters
@@ -67,6 +67,7 @@ def apply_skips(model: Model, config: SkipConfig) -> Model:
     Args:
         model: a model with at least one attention site; not itself a student.
         config: which sites to skip and what to put in their place.
+        sites: `attention_sites(model)`, where it is known already.
 
     Raises:
         ConfigError: a site that does not exist, or a pooling that a causal stack cannot have.
@@ -74,9 +75,8 @@ def apply_skips(model: Model, config: SkipConfig) -> Model:
     """
     if hasattr(model, "eas"):
         raise ConfigError("the model is already a student; expected an original model: apply one configuration to it")
-    sites = tuple(attention_sites(model))
-    skipped = resolve_skip(config.skip, list(sites))
-    return _build(model, sites, skipped, config)
+    every = tuple(attention_sites(model) if sites is None else sites)
+    return _build(model, every, resolve_skip(config.skip, list(every)), config)
 
 
 def apply_switches(model: Model, config: SkipConfig, switchable: Sequence[AttentionSite]) -> Model:

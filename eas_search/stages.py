@@ -18,7 +18,7 @@ from eas_search.exceptions import StorageError
 from eas_search.joint_training import Report, one_shot_scores, train_jointly
 from eas_search.latency import measure_latency
 from eas_search.measures import accuracy_interval, kv_bytes_per_token, parameter_count, prefill_flops
-from eas_search.skipping import adapter_parameters, apply_skips, load_adapters
+from eas_search.skipping import adapter_parameters, load_adapters
 from eas_search.supernet import Supernet
 from eas_search.training import fine_tune, sample_scores, seeded
 from eas_search.warm_start import calibrate
@@ -92,7 +92,7 @@ def baseline_stage(bench: Workbench, folder: StageFolder, report: Report) -> tup
         The figures, and the adapter-only student after the baseline's own steps, from which the supernet starts.
     """
     with seeded(bench.settings.seed):
-        student = apply_skips(bench.model, bench.space.student)
+        student = bench.student(bench.space.student)
     kept = folder.read("baseline")
     if kept is not None:
         if kept[0].keys() != Baseline.__dataclass_fields__.keys():

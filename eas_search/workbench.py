@@ -39,7 +39,8 @@ class Workbench:
         task: on which models are judged.
         model: the original model, frozen, in eval mode.
         processor: its tokenizer and image processor.
-        space: the searchable attention sites and the choices at them.
+        every: all attention sites of the model.
+        space: the searchable ones and the choices at them.
         splits: encoded samples by role: train, validation (what the search sees), selection, test (held out).
         quiet: keeps other workers still while something is timed.
         refused: sites that were left out of the space because they cannot be deleted, and why.
@@ -51,6 +52,7 @@ class Workbench:
     task: Task
     model: nn.Module
     processor: Any
+    every: tuple[AttentionSite, ...]
     space: SearchSpace
     splits: dict[str, Any]
     quiet: QuietLock
@@ -95,12 +97,16 @@ class Workbench:
         changed = [apply_skips(model, space.config(skip)) for skip in ((), [site.index for site in space.sites])]
         limits_of_caches = (settings.caches.features, settings.caches.prefixes)
         attach_caches(model, changed, every, probe, limits_of_caches, tolerance=1e-5 if single else 5e-2)
-        return cls(settings, task, model, processor, space, splits, QuietLock(lock), refused)
+        return cls(settings, task, model, processor, every, space, splits, QuietLock(lock), refused)
 
     @property
     def sites(self) -> tuple[AttentionSite, ...]:
         """The searchable attention sites."""
         return self.space.sites
+
+    def student(self, config: SkipConfig) -> nn.Module:
+        """The model without the attentions that `config` skips, see `apply_skips`."""
+        return apply_skips(self.model, config, self.every)
 
     @property
     def caches(self) -> Caches:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import math
 import random
@@ -15,6 +14,7 @@ import psutil
 import torch
 from torch import nn
 
+from eas_search.copying import copy_modules
 from eas_search.exceptions import ConfigError
 from eas_search.latency.config import LatencyConfig
 from eas_search.latency.forward import TimedModel, Timer
@@ -138,7 +138,7 @@ def _ready(models: Models, fresh: bool) -> Iterator[dict[str, nn.Module]]:
         copies = {}
         for name, model in models.items():
             try:
-                copies[name] = copy.deepcopy(model).eval()
+                copies[name] = copy_modules(model).eval()
             except (RuntimeError, TypeError) as error:
                 reason = str(error).splitlines()[0]
                 raise ConfigError(f"model {name!r} cannot be copied ({reason}): set fresh_copies=False") from error

@@ -128,7 +128,7 @@ def export_trial(
     check_writable(folder)
     with only_writer(run):
         bench = Workbench.open(settings, None)
-        check_possible(chosen, apply_skips(bench.model, config))
+        check_possible(chosen, bench.student(config))
         stages = StageFolder(run / "stages")
         baseline, adapted = baseline_stage(bench, stages, lambda *_: None)
         supernet, _ = supernet_stage(bench, stages, adapted, lambda *_: None)
