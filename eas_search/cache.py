@@ -1,7 +1,7 @@
 """KV-cache layers that know about skipped attentions.
 
-A skipped site stores no keys and values, only the means its PIA needs while decoding (r numbers per sample). It still
-answers how long the sequence is: `transformers` asks layer 0, skipped or not.
+A skipped site stores no keys and values, only what its PIA needs of the prompt while decoding: a vector per sample. It
+still answers how long the sequence is: `transformers` asks layer 0, skipped or not.
 """
 
 from __future__ import annotations

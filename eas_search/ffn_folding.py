@@ -104,14 +104,19 @@ def fold_static(
             lower = through * (eye if parts.gated else torch.cat([eye, -eye]))
             injects[i] = torch.block_diag(injects[i], lower)
             weights[i], biases[i] = torch.cat([weights[i], weight]), torch.cat([biases[i], bias])
-    ffn = FoldedFfn(parts.names, parts.activation)
-    for name, weight, bias in zip(parts.names[:-1], weights, biases, strict=True):
-        setattr(ffn, name, linear(weight, None if pools else bias, parts.like))
-    keep_bias = parts.out_biased or stream is not None
-    setattr(ffn, parts.names[-1], linear(out_weight, out_bias if keep_bias else None, parts.like))
+    *first, out = parts.names
+    if pools and parts.gated:
+        first = ["gate_up_proj"]
+    ffn = FoldedFfn((*first, out), parts.activation, parts.gated)
     if pools:
+        setattr(ffn, first[0], linear(torch.cat(weights), None, parts.like))
         ffn.pool = linear(torch.cat(pools), None, parts.like)
         ffn.inject = linear(torch.cat(injects), torch.cat(biases), parts.like)
+    else:
+        for name, weight, bias in zip(first, weights, biases, strict=True):
+            setattr(ffn, name, linear(weight, bias, parts.like))
+    keep_bias = parts.out_biased or stream is not None
+    setattr(ffn, out, linear(out_weight, out_bias if keep_bias else None, parts.like))
     return ffn
 
 
@@ -128,7 +133,7 @@ def fold_routed(block: Any, identity: tuple[Tensor, Tensor | None], correction: 
         block.thin_gain = nn.Parameter(gain.detach().clone(), requires_grad=False)
     g2 = gain2.double()
     constant = g2 * as_double(shift, g2) + as_double(shift2, g2)
-    ffn = FoldedFfn(parts.names, parts.activation)
+    ffn = FoldedFfn(parts.names, parts.activation, parts.gated)
     for name, (weight, bias) in zip(parts.names[:-1], parts.first, strict=True):
         setattr(ffn, name, linear(weight * g2, weight @ constant + bias, parts.like))
     out_weight, out_bias = parts.out

@@ -6,6 +6,7 @@ and, when the model decodes with a cache, keeps what the next call needs. The mo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -60,21 +61,25 @@ class PoolSession:
         weights = {"weights": self.scratch["spared weights"]}
         return replace(self, mask=self.scratch["spared"], scratch=weights).mean(key, x, weight)
 
-    def mean(self, key: str, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    def mean(
+        self, key: str, x: Tensor, weight: Tensor | None = None, then: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         """Mean over tokens of W x_t.
 
         Args:
             key: name of this mean within the site.
             x: [B, n, d] tokens.
             weight: W, [q, d]; None for the identity.
+            then: applied to the mean; of one that stays the same for all later tokens, its result is what is kept.
 
         Returns:
             [B, 1, q] for `prompt` and `all`; [B, n, q] for `prefix` (mean up to each token) and `none` (the token
-            itself).
+            itself); what `then` makes of it.
         """
+        then = then or (lambda values: values)
         project = (lambda values: values) if weight is None else (lambda values: F.linear(values, weight))
         if self.mode == "none":
-            return project(x)
+            return then(project(x))
         if self.refusal:
             raise UnsupportedModelError(
                 f"a block with a skipped attention cannot pool: {self.refusal}; expected the tokens of its stack: "
@@ -82,7 +87,7 @@ class PoolSession:
             )
         state = None if self.states is None else self.states.get(key)
         if self.mode == "prefix":
-            return self._running(key, project(x), state)
+            return then(self._running(key, project(x), state))
         if state is not None:
             return state.value
         # The mean comes first: one token per sample then meets the weight. In double precision, which costs nothing on
@@ -91,6 +96,7 @@ class PoolSession:
         if weight is not None:
             precise = torch.float32 if x.device.type == "mps" else torch.float64
             value = F.linear(value.to(precise), weight.to(precise)).to(x.dtype)
+        value = then(value)
         if self.states is not None:
             self.states[key] = PoolState(value)
         return value
