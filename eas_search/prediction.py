@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import pandas as pd
+from torch import nn
 
 from eas_search.latency import measure_latency
 from eas_search.latency.predictor import (
@@ -75,9 +77,9 @@ def predictor_stage(bench: Workbench, folder: StageFolder) -> LatencyPredictor:
         classes = bench.site_classes
         configs, latency = measured_configs(bench.space, classes), bench.settings.fit_latency
         rows, ratios = list[Row](), list[float]()
-        for _ in range(bench.settings.fit_passes):
+        for ratios_of_pass in islice(_passes(bench, configs), bench.settings.fit_passes):
             rows += [terms_of(config, classes) for config in configs]
-            ratios += _ratios(bench, configs)
+            ratios += ratios_of_pass
             fitted = fit_predictor(rows, ratios, latency.confidence, latency.process_sd)
             if fitted.standard_error <= PRECISE:
                 break
@@ -91,18 +93,27 @@ def predictor_stage(bench: Workbench, folder: StageFolder) -> LatencyPredictor:
     return bench.predictor
 
 
-def _ratios(bench: Workbench, configs: Sequence[SkipConfig]) -> list[float]:
-    """Prefill time over the original model's, of every configuration merged; untrained, which changes no shape."""
+def _passes(bench: Workbench, configs: Sequence[SkipConfig]) -> Iterator[list[float]]:
+    """Prefill time over the original model's, of every configuration merged, pass after pass.
+
+    Untrained, which changes no shape.
+    """
     size = sum(tensor.numel() * tensor.element_size() for tensor in bench.model.parameters())
-    together = len(configs) if size * (1 + len(configs)) < TOGETHER_BYTES else 1
-    ratios, inputs = [], bench.latency_inputs()
-    for start in range(0, len(configs), together):
-        group = enumerate(configs[start : start + together])
-        models = {str(position): merge(bench.student(config)).eval() for position, config in group}
-        with bench.quiet.exclusive():
-            report = measure_latency(models, inputs, baseline=bench.model, config=bench.settings.fit_latency)
-        ratios += [report[name].prefill.ratio.estimate for name in models]
-    return ratios
+    if size * (1 + len(configs)) < TOGETHER_BYTES:
+        models = [merge(bench.student(config)).eval() for config in configs]
+        while True:
+            yield _ratios(bench, models)
+    while True:
+        yield [_ratios(bench, [merge(bench.student(config)).eval()])[0] for config in configs]
+
+
+def _ratios(bench: Workbench, models: Sequence[nn.Module]) -> list[float]:
+    """Prefill time over the original model's, side by side."""
+    named = {str(position): model for position, model in enumerate(models)}
+    with bench.quiet.exclusive():
+        config = bench.settings.fit_latency
+        report = measure_latency(named, bench.latency_inputs(), baseline=bench.model, config=config)
+    return [report[name].prefill.ratio.estimate for name in named]
 
 
 def finalists_errors(bench: Workbench, front: pd.DataFrame) -> dict[int, float]:
