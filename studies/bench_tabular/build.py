@@ -24,6 +24,7 @@ from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
 from eas_search.joint_training import one_shot_scores
+from eas_search.plugins import load_plugins
 from eas_search.redundancy import bandit_scores
 from eas_search.settings import SearchSettings
 from eas_search.supernet import Supernet
@@ -44,7 +45,9 @@ _opened: list[tuple[Workbench, Supernet]] = []  # of a worker process, which sco
 def open_bench(config: dict[str, Any], table: dict[str, Any]) -> tuple[Workbench, Supernet]:
     """The model with its samples, and a supernet of the wanted rank."""
     samples = {name: config[name] for name in SPLITS}
-    settings = SearchSettings(model=config["model"], task=config["task"], seed=table["seed"], samples=samples)
+    load_plugins([str(HERE / "families.py")])
+    task = table.get("task", config["task"])
+    settings = SearchSettings(model=config["model"], task=task, seed=table["seed"], samples=samples)
     bench = Workbench.open(settings)
     student = bench.space.student.model_copy(update={"pia_dim": table["pia_dim"]})
     with seeded(settings.seed):
