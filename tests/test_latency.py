@@ -31,7 +31,7 @@ from transformers import (
 from eas_search.exceptions import ConfigError
 from eas_search.latency import LatencyConfig, QuietLock, Timing, measure_latency, quiet
 from eas_search.latency.forward import TimedModel
-from eas_search.latency.statistics import bootstrap_interval, log_estimate, paired_log_ratios, repeat_interval
+from eas_search.latency.statistics import log_estimate, paired_log_ratios, repeat_interval, run_interval
 from eas_search.latency.values import Ratio
 
 # ---------------------------------------------------------------- statistics
@@ -91,14 +91,18 @@ def test_the_deviation_between_processes_is_judged_from_the_rounds() -> None:
     assert repeat_interval(logs, 0.9) == repeat_interval(logs, 0.9, process_sd=expected)
 
 
-def test_bootstrap_matches_a_plain_loop_and_is_deterministic() -> None:
-    logs = np.random.default_rng(0).normal(size=(6, 3))
-    medians = np.median(logs, axis=1)
-    drawn = np.random.default_rng(5).integers(6, size=(200, 6))
-    estimates = [np.mean(sorted(medians[index])[1:5]) for index in drawn]
-    expected = np.quantile(estimates, [0.025, 0.975])
-    np.testing.assert_allclose(bootstrap_interval(logs, 0.95, seed=5, resamples=200), expected)
-    assert bootstrap_interval(logs, 0.9, seed=1) == bootstrap_interval(logs, 0.9, seed=1)
+@pytest.mark.parametrize("rounds", [4, 6, 12])
+def test_run_interval_is_yuens_for_one_sample(rounds: int) -> None:
+    logs = np.random.default_rng(rounds).standard_t(2, size=(rounds, 3))
+    centres = np.median(logs, axis=1)
+    trim = 0.25 if rounds > 4 else 0.0  # too few to trim
+    # A second sample shifted by 1 gives the statistic 1 / (sqrt(2) SE) of Yuen's test.
+    error = 1 / stats.ttest_ind(centres + 1, centres, equal_var=False, trim=trim).statistic / 2**0.5
+    left = rounds - 2 * int(trim * rounds)
+    expected = stats.t.interval(0.9, left - 1, loc=stats.trim_mean(centres, trim), scale=error)
+    np.testing.assert_allclose(run_interval(logs, 0.9), expected)
+    with pytest.raises(ValueError, match="at least 2"):
+        run_interval(logs[:1], 0.9)
 
 
 def _simulated(rng: np.random.Generator, rounds: int, blocks: int, process_sd: float) -> np.ndarray:
@@ -112,15 +116,23 @@ def _simulated(rng: np.random.Generator, rounds: int, blocks: int, process_sd: f
 @pytest.mark.parametrize(("rounds", "blocks"), [(12, 4), (6, 3)])
 def test_interval_covers_a_repeated_measurement(rounds: int, blocks: int) -> None:
     rng = np.random.default_rng(7)
-    inside = inside_bootstrap = 0
-    for index in range(400):
+    inside = inside_run = 0
+    for _ in range(400):
         first, again = (_simulated(rng, rounds, blocks, process_sd=0.005) for _ in range(2))
         low, high = repeat_interval(first, 0.95, process_sd=0.0075)
         inside += low <= log_estimate(again) <= high
-        low, high = bootstrap_interval(first, 0.95, seed=index, resamples=200)
-        inside_bootstrap += low <= log_estimate(again) <= high
+        low, high = run_interval(first, 0.95)
+        inside_run += low <= log_estimate(again) <= high
     assert inside >= 0.95 * 400
-    assert inside_bootstrap < 0.85 * 400  # why it is not what a measurement promises
+    assert inside_run < 0.9 * 400  # why it is not what a measurement promises
+
+
+@pytest.mark.parametrize(("rounds", "blocks"), [(12, 3), (6, 3)])
+def test_run_interval_covers_the_ratio_of_its_own_process(rounds: int, blocks: int) -> None:
+    """As the A/A run of `studies/bench_latency_aa` counts it; with such spikes Yuen's approximation is 1 % short."""
+    rng = np.random.default_rng(3)
+    intervals = [run_interval(_simulated(rng, rounds, blocks, process_sd=0.0), 0.95) for _ in range(2000)]
+    assert np.mean([low <= -0.17 <= high for low, high in intervals]) >= 0.93
 
 
 @pytest.mark.parametrize("busy", [1.0, 3.0, 10.0])
@@ -147,7 +159,7 @@ def test_timing_percentiles_and_ratio() -> None:
     assert timing.unit == "s"
     assert (timing.p10, timing.median, timing.p90) == tuple(np.percentile(np.array(rows), [10, 50, 90]))
     half = Timing(tuple(tuple(s / 2 for s in row) for row in rows))
-    ratio = Ratio.of(half, timing, confidence=0.95, process_sd=0.0, seed=0)
+    ratio = Ratio.of(half, timing, confidence=0.95, process_sd=0.0)
     assert (ratio.estimate, ratio.speedup) == (pytest.approx(0.5), pytest.approx(2.0))
     assert ratio.contains(ratio.estimate)
     assert not ratio.contains(0.51)

@@ -25,7 +25,7 @@ class LatencyConfig(BaseModel):
             judges it from how much the rounds differ, as `studies/bench_latency_aa` found it.
         fresh_copies: time copies whose weights move before every round; None does when all models together
             hold less than 1 GiB. Models compiled with `torch.compile` need False.
-        seed: of the order within the blocks and of the bootstrap; torch's random state is not touched.
+        seed: of the order within the blocks; torch's random state is not touched.
         time_limit_s: blocks, then rounds are given up to stay below this many seconds, but three rounds of
             one block always run; None sets no limit.
     """

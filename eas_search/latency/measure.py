@@ -69,7 +69,7 @@ def measure_latency(
 
 def _phase(samples: Mapping[str, list[list[float]]], name: str, config: LatencyConfig) -> PhaseLatency:
     timing, reference = (Timing(tuple(tuple(row) for row in samples[key])) for key in (name, _BASELINE))
-    ratio = Ratio.of(timing, reference, config.confidence, config.process_sd, config.seed)
+    ratio = Ratio.of(timing, reference, config.confidence, config.process_sd)
     return PhaseLatency(timing, reference, ratio)
 
 

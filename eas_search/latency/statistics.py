@@ -73,8 +73,8 @@ def repeat_interval(log_ratios: FloatArray, confidence: float, process_sd: float
     repeated measurement is taken to be of the same size; one that is smaller scatters more than the interval
     allows for, and so does one on a busier machine: `process_sd` has to make up for it.
 
-    An interval for the estimate's own error (`bootstrap_interval`) is narrower by about √2, and what is measured
-    again falls outside it far more often than 1 time in 20: `studies/bench_latency_aa` counts both.
+    An interval for the ratio of this very run (`run_interval`) is narrower, and what is measured again falls outside it
+    far more often than 1 time in 20: `studies/bench_latency_aa` counts both.
 
     Sources: Yuen, The two-sample trimmed t for unequal population variances, Biometrika 61, 1974 (variance);
     Hahn and Meeker, Statistical Intervals, 1991, chapter 4 (interval of a future mean).
@@ -88,6 +88,36 @@ def repeat_interval(log_ratios: FloatArray, confidence: float, process_sd: float
     Raises:
         ValueError: fewer than two rounds.
     """
+    centre, error, left = _yuen(log_ratios)
+    round_sd = float(np.median(log_ratios, axis=1).std(ddof=1))
+    between = process_deviation(round_sd) if process_sd is None else process_sd
+    tail = (1 + confidence) / 2
+    sampling = float(stats.t.ppf(tail, left - 1)) * error * 2**0.5
+    process = float(stats.norm.ppf(tail)) * between * 2**0.5
+    half = float(np.hypot(sampling, process))
+    return centre - half, centre + half
+
+
+def run_interval(log_ratios: FloatArray, confidence: float) -> tuple[float, float]:
+    """Interval of the log ratio as far as *this run* can tell: `log_estimate` ± t · s, see `repeat_interval`.
+
+    Two equal models timed against each other have 1.00 in it as often as it promises; another process, in which both
+    differ from here, it knows nothing of. Redrawing rounds (bootstrap) gives too narrow an interval for so few.
+
+    Args:
+        log_ratios: shape (rounds, blocks), at least two rounds.
+        confidence: in (0, 1).
+
+    Raises:
+        ValueError: fewer than two rounds.
+    """
+    centre, error, left = _yuen(log_ratios)
+    half = float(stats.t.ppf((1 + confidence) / 2, left - 1)) * error
+    return centre - half, centre + half
+
+
+def _yuen(log_ratios: FloatArray) -> tuple[float, float, int]:
+    """`log_estimate`, its standard error s, and how many rounds are left after trimming."""
     rounds = log_ratios.shape[0]
     if rounds < 2:
         raise ValueError(f"{rounds} round, expected at least 2")
@@ -96,26 +126,4 @@ def repeat_interval(log_ratios: FloatArray, confidence: float, process_sd: float
     left = rounds - 2 * cut
     winsorised = np.clip(centres, centres[cut], centres[rounds - cut - 1])
     variance = float(winsorised.var(ddof=1)) * (rounds - 1) / (left * (left - 1))
-    between = process_deviation(float(centres.std(ddof=1))) if process_sd is None else process_sd
-    tail = (1 + confidence) / 2
-    sampling = float(stats.t.ppf(tail, left - 1)) * (2 * variance) ** 0.5
-    process = float(stats.norm.ppf(tail)) * between * 2**0.5
-    centre, half = float(log_estimate(log_ratios)), float(np.hypot(sampling, process))
-    return centre - half, centre + half
-
-
-def bootstrap_interval(
-    log_ratios: FloatArray, confidence: float, seed: int = 0, resamples: int = 2000
-) -> tuple[float, float]:
-    """Percentile interval of `log_estimate` by the cluster bootstrap: whole rounds are redrawn.
-
-    It says how well *this run* knows its own ratio.  Redrawing the blocks of the drawn rounds as well would
-    count the noise of the blocks twice.  Shape (rounds, blocks); deterministic for a seed.
-
-    Source: Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 3.8.
-    """
-    rounds = log_ratios.shape[0]
-    drawn = np.random.default_rng(seed).integers(rounds, size=(resamples, rounds))
-    estimates = log_estimate(log_ratios[drawn])
-    low, high = np.quantile(estimates, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    return float(log_estimate(log_ratios)), variance**0.5, left

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from eas_search.exceptions import ConfigError
-from eas_search.latency.statistics import bootstrap_interval, log_estimate, paired_log_ratios, repeat_interval
+from eas_search.latency.statistics import log_estimate, paired_log_ratios, repeat_interval, run_interval
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Ratio:
         estimate: trimmed geometric mean over rounds of the median paired ratio, see
             `statistics.log_estimate`.
         low, high: where the estimate of a repeated measurement falls, see `statistics.repeat_interval`.
-        within_run: how well this run knows its own ratio, see `statistics.bootstrap_interval`; narrower,
-            never what to promise.
+        within_run: how well this run knows its own ratio, see `statistics.run_interval`; narrower, but no promise of
+            what another run will find.
         confidence: of both intervals.
     """
 
@@ -70,11 +70,11 @@ class Ratio:
     confidence: float
 
     @classmethod
-    def of(cls, candidate: Timing, baseline: Timing, confidence: float, process_sd: float | None, seed: int) -> Ratio:
-        """The ratio of two interleaved timings; seed is the bootstrap's."""
+    def of(cls, candidate: Timing, baseline: Timing, confidence: float, process_sd: float | None) -> Ratio:
+        """The ratio of two interleaved timings."""
         logs = paired_log_ratios(candidate.samples, baseline.samples)
         low, high = np.exp(repeat_interval(logs, confidence, process_sd))
-        inner = np.exp(bootstrap_interval(logs, confidence, seed))
+        inner = np.exp(run_interval(logs, confidence))
         within = (float(inner[0]), float(inner[1]))
         return cls(float(np.exp(log_estimate(logs))), float(low), float(high), within, confidence)
 

@@ -125,8 +125,12 @@ def identical(setting: str, runs: int, threads: int | None, seed: int) -> dict[s
 
 
 def width_over_sequential(interleaved: list[dict[str, Any]], one_by_one: list[float], seed: int) -> list[float]:
-    """[ratio, low, high]: median width of the prefill intervals over the spread of sequential timing, runs redrawn."""
-    widths = np.array([np.log(run["prefill"]["high"] / run["prefill"]["low"]) for run in interleaved])
+    """[ratio, low, high]: median width of the runs' own prefill intervals over the spread of sequential timing.
+
+    The interval redraws runs.
+    """
+    own = [run["prefill"]["within_run"] for run in interleaved]
+    widths = np.array([np.log(high / low) for low, high in own])
     ratios, rng = np.asarray(one_by_one), np.random.default_rng(seed)
     drawn = [rng.integers(len(widths), size=len(widths)) for _ in range(2000)]
     spreads = np.array([spread(ratios[rows]) for rows in drawn])
@@ -148,6 +152,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "coverage": covered(low, high),
         "coverage_interval": list(wilson(covered(low, high), len(runs))),
         "coverage_within_run": covered([i[0] for i in inner], [i[1] for i in inner]),
+        "coverage_within_run_interval": list(wilson(covered([i[0] for i in inner], [i[1] for i in inner]), len(runs))),
         "width": median(np.log(high) - np.log(low)),
         "width_within_run": median([np.log(i[1] / i[0]) for i in inner]),
         "spread": spread([r["estimate"] for r in runs]),
@@ -234,15 +239,16 @@ def in_processes(count: int, args: argparse.Namespace) -> list[list[dict[str, An
 
 def table(found: dict[str, Any]) -> Table:
     """Both parts as one table; widths and spreads in per cent."""
-    out = Table("part", "setting", "phase", "coverage", "within-run", "width %", "spread %", "remark")
+    out = Table("part", "setting", "phase", "repeat", "this run", "width %", "its width %", "spread %", "remark")
     for setting, part in found["identical"].items():
         for phase in PHASES:
             if (row := part.get(phase)) is not None:
-                remark = "covered {:.3f} – {:.3f} (95 %)".format(*row["coverage_interval"])
+                remark = "this run covered {:.3f} – {:.3f} (95 %)".format(*row["coverage_within_run_interval"])
                 if phase == "prefill":
                     ratio, low, high = part["width_over_sequential"]
-                    remark += f"; width / sequential spread {ratio:.2f} ({low:.2f} – {high:.2f})"
-                cells = (row["coverage"], row["coverage_within_run"], 100 * row["width"], 100 * row["spread"])
+                    remark += f"; its width / sequential spread {ratio:.2f} ({low:.2f} – {high:.2f})"
+                cells = (row["coverage"], row["coverage_within_run"])
+                cells += (100 * row["width"], 100 * row["width_within_run"], 100 * row["spread"])
                 out.add_row("A/A", setting, phase, *(f"{cell:.3g}" for cell in cells), remark)
     for name, row in found["repeated"].items():
         cells = (row["coverage"], row["coverage_within_run"], 100 * row["width"])
@@ -250,7 +256,7 @@ def table(found: dict[str, Any]) -> Table:
             f"ratio {row['ratio']:.3f}; sd of runs {row['run_sd']:.4f}, of processes {row['process_sd']:.4f}; "
             f"agreement {row['agreement']:.3f}"
         )
-        out.add_row("processes", row["setting"], name.split("/")[1], *(f"{c:.3g}" for c in cells), "", remark)
+        out.add_row("processes", row["setting"], name.split("/")[1], *(f"{c:.3g}" for c in cells), "", "", remark)
     return out
 
 

@@ -55,7 +55,7 @@ def compare(report: LatencyReport, answers: Sequence[int]) -> dict[str, dict[str
 
 def _ratio(timing: Timing, other: Timing, report: LatencyReport) -> Ratio:
     config = report.conditions["config"]
-    return Ratio.of(timing, other, config["confidence"], config["process_sd"], config["seed"])
+    return Ratio.of(timing, other, config["confidence"], config["process_sd"])
 
 
 def _whole(prefill: PhaseLatency, decode: PhaseLatency | None, count: int) -> Timing:
