@@ -50,6 +50,16 @@ def paired_difference(
     return total / count, centre - half, centre + half
 
 
+def mean_difference(scores: ArrayLike, others: ArrayLike) -> tuple[float, float]:
+    """Mean difference of scores [N] on the same samples, and its variance with the cells' half observations.
+
+    Both as in `paired_difference`, whose interval is ± z times the root of this variance.
+    """
+    differences = np.asarray(scores, dtype=np.float64) - np.asarray(others, dtype=np.float64)
+    count, total = len(differences), float(differences.sum())
+    return total / count, (float((differences**2).sum()) + 1 - total**2 / (count + 2)) / (count + 2) ** 2
+
+
 def lead_in_scores(scores: ArrayLike, confidence: float = CONFIDENCE) -> tuple[FloatArray, FloatArray]:
     """By how much point i leads point j in mean score, and the lower end of that lead's interval: [points, points]."""
     values = np.asarray(scores, dtype=np.float64)

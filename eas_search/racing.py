@@ -1,9 +1,9 @@
 """From trials to finalists: shrunken accuracies, then a race on samples that the search has not seen.
 
-The best of many noisy figures is too good on average. So trials are ordered by shrunken accuracies, more of them than
-there are finalists are scored on growing parts of the selection split, the same samples for all, and those that
-another one dominates beyond the paired interval drop out (Maron and Moore, Hoeffding races, 1994; with intervals of
-differences on the same samples as in Birattari et al., A racing algorithm for configuring metaheuristics, 2002).
+The best of many noisy figures is too good on average. So trials are judged by shrunken accuracies, more of them than
+there are finalists are scored on growing parts of the selection split, the same samples for all, and no more are spent
+on those that another one dominates beyond the paired interval (Maron and Moore, Hoeffding races, 1994; with intervals
+of differences on the same samples as in Birattari et al., A racing algorithm for configuring metaheuristics, 2002).
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import moocore
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from eas_search.front_statistics import CONFIDENCE, collapsed, dominance, mean_variance
+from eas_search.expected_front import most_promising
+from eas_search.front_statistics import CONFIDENCE, collapsed, dominance, mean_difference, mean_variance
 from eas_search.objective import make_student
-from eas_search.report.front import non_dominated
-from eas_search.rungs import unpack
 from eas_search.samplers.surrogate import Encoder, Surrogate, sigmoid
 from eas_search.search_space import SearchSpace
 from eas_search.skip_config import SkipConfig
@@ -43,20 +41,17 @@ class Candidates:
         configs: their skip configurations.
         accuracy, variance: [candidates], shrunken accuracies, and how unsure they are.
         costs: [3, candidates, costs], what is minimised, lower and upper ends of the intervals.
-        validation: packed scores of the validation samples, see `rungs.pack`; empty where there are none.
     """
 
     configs: Sequence[SkipConfig]
     accuracy: FloatArray
     variance: FloatArray
     costs: FloatArray
-    validation: Sequence[str]
 
     def at(self, rows: list[int]) -> Candidates:
         """Some of them."""
         chosen = [self.configs[row] for row in rows]
-        validation = [self.validation[row] for row in rows]
-        return Candidates(chosen, self.accuracy[rows], self.variance[rows], self.costs[:, rows], validation)
+        return Candidates(chosen, self.accuracy[rows], self.variance[rows], self.costs[:, rows])
 
 
 @dataclass(frozen=True)
@@ -65,51 +60,11 @@ class Choice:
 
     Attributes:
         rows: positions of the finalists among the candidates.
-        record: what the choice was made with: candidates, left (after the race), samples_scored.
+        record: what the choice was made with: candidates, left (at the end of the race), samples_scored.
     """
 
     rows: list[int]
     record: dict[str, int]
-
-
-def select_finalists(accuracy: ArrayLike, costs: ArrayLike, count: int) -> list[int]:
-    """Positions of at most `count` points: the front first, then the front of what is left, and so on.
-
-    A front that is too long is thinned, see `thinned`. Arguments as for `non_dominated`.
-    """
-    acc, cost = np.asarray(accuracy, dtype=float), np.asarray(costs, dtype=float).reshape(len(np.asarray(accuracy)), -1)
-    left = np.arange(len(acc))
-    chosen: list[int] = []
-    while len(chosen) < count and len(left):
-        layer = left[non_dominated(acc[left], cost[left])]
-        if not len(layer):
-            break
-        chosen += layer[thinned(acc[layer], cost[layer], count - len(chosen))].tolist()
-        left = np.setdiff1d(left, layer)
-    return sorted(chosen)
-
-
-def thinned(accuracy: FloatArray, costs: FloatArray, count: int) -> list[int]:
-    """Positions of `count` points of a front (all of them if there are no more).
-
-    As in SMS-EMOA (Beume, Naujoks & Emmerich, EJOR 2007) the one that adds least to the hypervolume is left out, time
-    and again; every objective is scaled to its range, so that no unit counts for more. The best of each objective is
-    kept where there are more places than objectives.
-
-    Args:
-        accuracy: [points].
-        costs: [points, costs].
-        count: how many to keep.
-    """
-    points = np.column_stack([-accuracy, costs])
-    ends = set(points.argmin(axis=0).tolist()) if count > points.shape[1] else set()
-    scaled = (points - points.min(axis=0)) / (np.ptp(points, axis=0) + np.finfo(float).tiny)
-    rows = list(range(len(points)))
-    while len(rows) > count:
-        added = moocore.hv_contributions(scaled[rows], ref=np.full(points.shape[1], 1.1))
-        added[[place for place, row in enumerate(rows) if row in ends]] = np.inf
-        rows.pop(int(added.argmin()))
-    return rows
 
 
 def round_ends(count: int, first: int = FIRST) -> list[int]:
@@ -154,8 +109,8 @@ def race(
 ) -> dict[int, FloatArray]:
     """Score candidates on growing samples until no more than `places` are left or the samples are used up.
 
-    After a round the candidates drop out that another one dominates beyond the interval. The confidence is shared out
-    among the rounds (Bonferroni): 1 - 0.05 / rounds each.
+    After a round no more samples are spent on candidates that another one dominates beyond the interval. The confidence
+    is shared out among the rounds (Bonferroni): 1 - 0.05 / rounds each.
 
     Args:
         score: (candidate, start, end) to the scores of these samples.
@@ -164,45 +119,38 @@ def race(
         ends: of the rounds, in samples.
 
     Returns:
-        The scores of those left, by candidate. They may be fewer than `places`.
+        The scores of every candidate, fewer of those that dropped out.
     """
     confidence = 1 - (1 - CONFIDENCE) / len(ends)
-    scores = {row: np.empty(0) for row in range(costs.shape[1])}
+    scores = [np.empty(0) for _ in range(costs.shape[1])]
+    running = np.arange(len(scores))
     for start, end in zip([0, *ends], ends, strict=False):
-        if len(scores) <= places:
+        if len(running) <= places:
             break
-        for row, known in scores.items():
-            scores[row] = np.concatenate([known, np.asarray(score(row, start, end), dtype=np.float64)])
-        rows = list(scores)
-        left = undominated(np.stack([scores[row] for row in rows]), costs[:, rows], confidence)
-        scores = {rows[place]: scores[rows[place]] for place in left}
-    return scores
+        for row in running.tolist():
+            scores[row] = np.concatenate([scores[row], np.asarray(score(row, start, end), dtype=np.float64)])
+        running = running[undominated(np.stack([scores[row] for row in running]), costs[:, running], confidence)]
+    return dict(enumerate(scores))
 
 
-def shortlist(candidates: Candidates, count: int, places: int) -> list[int]:
-    """Positions of the at most `count` candidates that race for `places`.
+def winners(field: Candidates, raced: Mapping[int, FloatArray], places: int) -> list[int]:
+    """Positions of the finalists in the field: those that promise most, see `expected_front`.
 
-    Those that lose on the validation samples, which are scored already, do not start.
+    An accuracy is the shrunken one and the race's, weighted by their precisions: the race's samples are others. Those
+    may be harder or easier on the whole, and not all candidates have been through all of them. So what the race tells
+    is by how much a candidate differs from those that came furthest, on the samples that it shares with them.
     """
-    short = select_finalists(candidates.accuracy, candidates.costs[0], max(count, places))
-    if all(len(candidates.validation[row]) for row in short) and len(short) > places:
-        seen = np.stack([unpack(candidates.validation[row]) for row in short])
-        short = [short[place] for place in undominated(seen, candidates.costs[:, short], CONFIDENCE)]
-    return short
-
-
-def winners(field: Candidates, left: Mapping[int, FloatArray], places: int) -> list[int]:
-    """Positions in the field of the finalists among those that a race left, by `race`'s scores.
-
-    They are ordered by the shrunken accuracy and the race's, weighted by their precisions: the race's samples are
-    others.
-    """
-    rows = list(left)
-    means = np.array([values.mean() for values in left.values()])
-    weights = 1 / np.array([mean_variance(values.mean(), len(values)) for values in left.values()])
-    prior = 1 / field.variance[rows]
-    accuracy = (prior * field.accuracy[rows] + weights * means) / (prior + weights)
-    return [rows[position] for position in select_finalists(accuracy, field.costs[0, rows], places)]
+    most = max(map(len, raced.values()))
+    furthest = [row for row, values in raced.items() if len(values) == most]
+    accuracy, variance = field.accuracy.copy(), field.variance.copy()
+    level, pace = accuracy[furthest].mean(), np.mean([raced[row] for row in furthest], axis=0)
+    for row, values in raced.items():
+        if len(values):
+            lead, unsure = mean_difference(values, pace[: len(values)])
+            weight = variance[row] / (variance[row] + unsure)
+            accuracy[row] += weight * (level + lead - accuracy[row])
+            variance[row] *= 1 - weight
+    return most_promising(accuracy, variance, field.costs[0], places)
 
 
 def choose_finalists(bench: Workbench, supernet: Supernet, folder: StageFolder, candidates: Candidates) -> Choice:
@@ -211,7 +159,8 @@ def choose_finalists(bench: Workbench, supernet: Supernet, folder: StageFolder, 
     `settings.candidates` trials race, fine-tuned as in their trials, for `settings.finalists` places.
     """
     settings = bench.settings
-    short = shortlist(candidates, settings.candidates, settings.finalists)
+    most = max(settings.candidates, settings.finalists)
+    short = most_promising(candidates.accuracy, candidates.variance, candidates.costs[0], most)
     if len(short) <= settings.finalists:
         return Choice(short, {"candidates": len(short), "left": len(short), "samples_scored": 0})
     field = candidates.at(short)
@@ -241,6 +190,8 @@ def _held(bench: Workbench, supernet: Supernet, field: Candidates) -> dict[str, 
         scored += len(scores)
         return scores
 
-    left = race(score, field.costs, settings.finalists, round_ends(len(selection)))
-    record = {"candidates": len(field.configs), "left": len(left), "samples_scored": scored}
-    return {"rows": winners(field, left, settings.finalists), **record}
+    raced = race(score, field.costs, settings.finalists, round_ends(len(selection)))
+    most = max(map(len, raced.values()))
+    left = sum(len(values) == most for values in raced.values())
+    record = {"candidates": len(field.configs), "left": left, "samples_scored": scored}
+    return {"rows": winners(field, raced, settings.finalists), **record}

@@ -191,7 +191,7 @@ class SearchSettings(LoadSettings):
     supernet: SupernetSettings = SupernetSettings()
     trial: FineTuneConfig = FineTuneConfig(steps=4, learning_rate=3e-3)
     final: FineTuneConfig = FineTuneConfig(steps=50, learning_rate=5e-3)
-    candidates: int = Field(default=12, ge=1)
+    candidates: int = Field(default=16, ge=1)
     rungs: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.25, 0.5)
     finalists: int = Field(default=8, ge=1)
     latency_batch: int = Field(default=8, ge=1)

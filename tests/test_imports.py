@@ -27,7 +27,7 @@ LAYERS = [
     "search_space | supernet | site_survey",
     "twin_proof",
     "settings | warm_start | merging | proof | rungs | cost_book",
-    "skipping | training | latency | measures | ffn_folding | costs | front_statistics",
+    "skipping | training | latency | measures | ffn_folding | costs | front_statistics | expected_front",
     "blocks | folding | tasks | reuse",
     "stand_ins | feature_cache | prefix_sharing",
     "parts",

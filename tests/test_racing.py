@@ -1,60 +1,17 @@
-"""Who becomes a finalist: fronts by layers, and races whose truth is known."""
+"""Who becomes a finalist: races whose truth is known."""
 
 from __future__ import annotations
 
-from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from eas_search.racing import race, round_ends, select_finalists, shrink
+from eas_search.racing import Candidates, race, round_ends, shrink, winners
 from eas_search.search_space import SearchSpace
 from eas_search.settings import SpaceSettings
 from eas_search.skip_config import SkipConfig
 from eas_search.tasks.splits import divided
-
-
-def test_finalists_are_the_front_then_the_front_of_the_rest() -> None:
-    accuracy = [0.9, 0.8, 0.7, 0.85, 0.5, float("nan")]
-    latency = [1.0, 0.8, 0.6, 1.0, 0.9, 0.1]
-    assert select_finalists(accuracy, latency, 3) == [0, 1, 2]
-    # Of the rest, (0.85, 1.0) and (0.5, 0.9) do not dominate each other; what is not finite never takes a place.
-    assert select_finalists(accuracy, latency, 9) == [0, 1, 2, 3, 4]
-
-
-def area(accuracy: np.ndarray, cost: np.ndarray, rows: tuple[int, ...]) -> float:
-    """Hypervolume of some points over (0, 1), as a sum of rectangles."""
-    order = sorted(rows, key=lambda row: cost[row])
-    rights = [*cost[order[1:]], 1.0]
-    return sum(accuracy[row] * (right - cost[row]) for row, right in zip(order, rights, strict=True))
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_a_long_front_is_thinned_where_it_loses_least(seed: int) -> None:
-    """As good as the best of all subsets with the same ends but for what greed costs; evenly spaced rows are not."""
-    rng = np.random.default_rng(seed)
-    accuracy = np.sort(1 - rng.random(10) ** 3)  # most of a front is flat, a few points fall off
-    cost = np.sort(rng.random(10))
-    kept = select_finalists(accuracy, cost, 5)
-    assert len(kept) == 5
-    assert {0, 9} <= set(kept)
-    best = max(area(accuracy, cost, (0, *inner, 9)) for inner in combinations(range(1, 9), 3))
-    assert area(accuracy, cost, tuple(kept)) >= 0.98 * best
-
-
-def test_an_even_front_is_thinned_evenly() -> None:
-    accuracy = [0.1 * i for i in range(10)]
-    kept = select_finalists(accuracy, accuracy, 4)
-    assert max(np.diff(kept)) <= 4
-    (only,) = select_finalists(accuracy, accuracy, 1)
-    assert 3 <= only <= 6  # one place: a compromise
-
-
-def test_finalists_by_several_costs() -> None:
-    accuracy, costs = [0.9, 0.9, 0.8], [[0.9, 64.0], [0.95, 32.0], [0.95, 64.0]]
-    assert select_finalists(accuracy, costs, 2) == [0, 1]
-    assert select_finalists(accuracy, costs, 3) == [0, 1, 2]
 
 
 def test_rounds_double_up_to_all_samples() -> None:
@@ -80,11 +37,17 @@ def exact(latency: list[float]) -> np.ndarray:
     return np.stack([np.array(latency)[:, None]] * 3)
 
 
+def furthest(raced: dict[int, np.ndarray]) -> list[int]:
+    """Who was scored on the most samples."""
+    most = max(map(len, raced.values()))
+    return [row for row, values in raced.items() if len(values) == most]
+
+
 def test_the_hopeless_drop_out_first_and_cost_least() -> None:
     track = Track([0.9, 0.88, 0.8, 0.5], 400)
-    left = race(track, exact([0.7] * 4), 1, round_ends(400))
-    assert list(left) == [0]
-    assert left[0].tolist() == track.scores[0].tolist()[: len(left[0])]
+    raced = race(track, exact([0.7] * 4), 1, round_ends(400))
+    assert furthest(raced) == [0, 1]
+    assert all(values.tolist() == track.scores[row].tolist()[: len(values)] for row, values in raced.items())
     seen = {row: max(end for other, _, end in track.asked if other == row) for row in range(4)}
     assert seen[3] == 100
     assert seen[3] <= seen[2] <= seen[1] <= seen[0]
@@ -93,16 +56,16 @@ def test_the_hopeless_drop_out_first_and_cost_least() -> None:
 
 
 def test_a_faster_candidate_stays_however_inaccurate() -> None:
-    left = race(Track([0.9, 0.5, 0.4], 400), exact([0.9, 0.7, 0.8]), 1, round_ends(400))
-    assert list(left) == [0, 1]
+    raced = race(Track([0.9, 0.5, 0.4], 400), exact([0.9, 0.7, 0.8]), 1, round_ends(400))
+    assert furthest(raced) == [0, 1]
 
 
 def test_the_race_ends_when_no_more_are_left_than_there_are_places() -> None:
     track = Track([0.9, 0.4, 0.89, 0.3], 800)
-    left = race(track, exact([0.7] * 4), 2, round_ends(800))
-    assert list(left) == [0, 2]
-    assert all(len(scores) == 100 for scores in left.values())
-    assert race(track, exact([0.7] * 4), 4, round_ends(800)).keys() == {0, 1, 2, 3}
+    raced = race(track, exact([0.7] * 4), 2, round_ends(800))
+    assert all(len(scores) == 100 for scores in raced.values())
+    # Nothing is to be decided when there is a place for everyone.
+    assert not any(map(len, race(track, exact([0.7] * 4), 4, round_ends(800)).values()))
 
 
 @pytest.mark.parametrize("equal", [2, 6])
@@ -112,9 +75,36 @@ def test_one_that_is_as_good_as_all_others_is_rarely_lost(equal: int) -> None:
     for seed in range(200):
         scores = (np.random.default_rng(seed).random((equal, 400)) < 0.85).astype(float)
         latency = [0.7] * equal
-        lost += 0 not in race(lambda row, start, end, s=scores: s[row, start:end], exact(latency), 1, round_ends(400))
+        raced = race(lambda row, start, end, s=scores: s[row, start:end], exact(latency), 1, round_ends(400))
+        lost += 0 not in furthest(raced)
     # Against each rival 2.5 % of the races, one-sided, shared out among the rounds.
     assert lost / 200 <= 0.025 * (equal - 1) + 0.03
+
+
+def field(accuracy: list[float], deviation: float, latency: list[float]) -> Candidates:
+    configs = [SkipConfig(skip=(row,), pia_dim=0) for row in range(len(accuracy))]
+    return Candidates(configs, np.array(accuracy), np.full(len(accuracy), deviation**2), exact(latency))
+
+
+def test_harder_samples_do_not_count_against_those_that_saw_more_of_them() -> None:
+    """The second half of the samples is hopeless for everyone; row 1 dropped out before it."""
+    raced = {0: np.r_[np.ones(190), np.zeros(210)], 1: np.r_[np.ones(80), np.zeros(20)]}
+    raced[0][:5] = 0  # 95 % of the first 100, where row 1 has 80 %
+    assert winners(field([0.9, 0.9], 0.05, [0.7, 0.7]), raced, 1) == [0]
+
+
+def test_winners_weigh_what_the_search_and_the_race_saw() -> None:
+    """Against Bayes' rule for normal variables, written out for two candidates of equal cost."""
+    rng = np.random.default_rng(4)
+    for prior in (0.9, 0.91, 0.93, 0.99):
+        raced = {row: (rng.random(400) < share).astype(float) for row, share in enumerate((0.9, 0.85))}
+        deviation = 0.02
+        differences = raced[1] - raced[0]
+        # Each differs from the mean of the two by half of that.
+        noise = ((differences**2).sum() / 4 + 1 - (differences.sum() / 2) ** 2 / 402) / 402**2
+        weight = deviation**2 / (deviation**2 + noise)
+        lead = (1 - weight) * (prior - 0.9) / 2 + weight * differences.mean() / 2
+        assert winners(field([0.9, prior], deviation, [0.7, 0.7]), raced, 1) == [int(lead > 0)]
 
 
 def searched(seed: int) -> tuple[SearchSpace, list[SkipConfig], np.ndarray, np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,8 +52,7 @@ def hold_finals(
         raise EasSearchError(
             "no trial was completed, so there is no front; expected at least one: raise --time-limit and run again"
         )
-    packed = {trial.number: trial.user_attrs.get("result", {}).get("scores", "") for trial in study.get_trials(False)}
-    candidates = shrunken_candidates(trials, bench, [packed[number] for number in trials["number"]])
+    candidates = shrunken_candidates(trials, bench)
     places = min(bench.settings.candidates, len(done))
     display.stage(f"Race: the {places} best trials on samples that the search has not seen")
     choice = choose_finalists(bench, supernet, stages, candidates)
@@ -71,7 +70,7 @@ def hold_finals(
     return Finals(finalists, front, choice.record)
 
 
-def shrunken_candidates(trials: pd.DataFrame, bench: Workbench, validation: Sequence[str]) -> Candidates:
+def shrunken_candidates(trials: pd.DataFrame, bench: Workbench) -> Candidates:
     """The completed trials with shrunken accuracies: what similar ones reach counts where their own samples are few.
 
     Trials that were stopped early tell about their like, too, by as much as they have seen, but are no candidates.
@@ -79,11 +78,10 @@ def shrunken_candidates(trials: pd.DataFrame, bench: Workbench, validation: Sequ
     Args:
         trials: rows of `trials_frame`, complete or stopped ones, a configuration each.
         bench: with the validation samples on which they were scored.
-        validation: packed scores of each of the trials, in this order.
     """
     configs = [SkipConfig(**config) for config in trials["config"]]
     seen = trials["stopped_at"].astype(float).fillna(len(bench.splits["validation"]))
     shrunken, variance = shrink(bench.space, configs, trials["accuracy"].to_numpy(dtype=float), seen.to_numpy())
     rows = np.flatnonzero(trials["state"] == "COMPLETE").tolist()
     costs = cost_intervals(trials, bench.settings.objectives[1:])
-    return Candidates(configs, shrunken, variance, costs, validation).at(rows)
+    return Candidates(configs, shrunken, variance, costs).at(rows)

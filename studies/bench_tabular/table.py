@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from eas_search.racing import Candidates, race, round_ends, shortlist, shrink, winners
+from eas_search.expected_front import most_promising
+from eas_search.racing import Candidates, race, round_ends, shrink, winners
 from eas_search.report.front import hypervolume, non_dominated
-from eas_search.rungs import pack
 from eas_search.search_space import SearchSpace
 from eas_search.settings import SpaceSettings
 from eas_search.skip_config import SkipConfig
@@ -115,9 +115,8 @@ class Judge:
         configs = [config_of(space, number) for number in numbers.tolist()]
         seen = np.full(len(numbers), len(validation))
         costs = np.broadcast_to(self.latency[numbers][:, None], (3, len(numbers), 1))
-        packed = [pack(self.right[number, validation]) for number in numbers]
-        field = Candidates(configs, *shrink(space, configs, self.validation[numbers], seen), costs, packed)
-        short = shortlist(field, count, places)
+        field = Candidates(configs, *shrink(space, configs, self.validation[numbers], seen), costs)
+        short = most_promising(field.accuracy, field.variance, field.costs[0], max(count, places))
         if len(short) <= places:
             return numbers[short]
         field = field.at(short)
@@ -125,8 +124,8 @@ class Judge:
         def score(row: int, start: int, end: int) -> NDArray[np.bool_]:
             return self.right[numbers[short[row]], selection[start:end]]
 
-        left = race(score, field.costs, places, round_ends(len(selection)))
-        return numbers[[short[row] for row in winners(field, left, places)]]
+        raced = race(score, field.costs, places, round_ends(len(selection)))
+        return numbers[[short[row] for row in winners(field, raced, places)]]
 
     def hypervolume(self, front: NDArray[np.int64], floor: float = 0.0) -> float:
         """Of the test accuracies of these sets, relative to accuracy `floor` and latency 1."""
