@@ -14,6 +14,8 @@ from eas_search.architectures.recompose import ffn_of
 from eas_search.exceptions import UnsupportedModelError
 from eas_search.folding import FoldedFfn, FoldedPia, check_odd_part, constant_gate, linear
 
+AMPLIFIED = 8.0  # times a pooled term may grow on its way through M⁻¹; its rounding errors grow as much
+
 
 def as_double(tensor: Tensor | None, like: Tensor) -> Tensor:
     """The tensor in float64; zeros like `like` when there is none."""
@@ -68,56 +70,84 @@ def fold_static(
     """FFN(g2 ⊙ (i(u) + Δf) + b2), plus Δr as linear neurons, as one FFN that reads u.
 
     With i(u) = g u + b and Δf = U (R u + r + p) + u0 (design §3), each first projection W, β becomes
-        W' = W G2 (diag g + U R),   β' = β + W (G2 (b + U r + u0) + b2),   per sample + W G2 U p.
-    Δr = U (R u + r + p) + u0 becomes neurons R u + r + p behind an activation that is linear for them, with down
-    columns U: a gate with weight 0 and bias act⁻¹(1), or pairs ± when the FFN is not gated.
+        W' = W G2 M with M = diag g + U R,   β' = β + W (G2 (b + U r + u0) + b2).
+    The pooled p adds W G2 U p = W' v with v = M⁻¹ U p: a vector as wide as u, not as wide as the FFN.
+    Δr = U (R u + r + p) + u0 becomes neurons R u + r behind an activation that is linear for them, with down columns U:
+    a gate with weight 0 and bias act⁻¹(1), or pairs ± when the FFN is not gated. They see v, too, so that its pooled
+    part is w = U (p - R v), added to the output; the constant u0 is then part of w. Where M⁻¹ is not to be trusted
+    (`cancels`) no FFN of this form is exact.
     """
     site, parts = block.eas_site, _projections(block)
     _, gain2, shift2 = split_norm(getattr(block, site.pattern.norm2), site.width)
-    g2, g = gain2.double().unsqueeze(1), identity[0].double()
-    up = correction.ups[0]
-    mixed = g2 * (torch.diag(g) + up @ correction.down)
+    g2, g = gain2.double(), identity[0].double()
+    up, mixed = correction.ups[0], _mixed(identity, correction)
     constant = as_double(identity[1], g) + up @ correction.down_bias + correction.up_biases[0]
-    constant = g2.squeeze(1) * constant + as_double(shift2, g)
-    weights = [weight @ mixed for weight, _ in parts.first]
+    constant = g2 * constant + as_double(shift2, g)
+    weights = [weight @ (g2.unsqueeze(1) * mixed) for weight, _ in parts.first]
     biases = [weight @ constant + bias for weight, bias in parts.first]
-    injects = [weight @ (g2 * up) for weight, _ in parts.first]
     out_weight, out_bias = parts.out
-    pools = [] if correction.pool is None else [correction.pool]
     if stream is not None:
-        columns, blank = stream.ups[0], torch.zeros_like(stream.down)
-        rank = columns.shape[1]
-        if parts.gated:
-            rows = [(blank, torch.full_like(stream.down_bias, constant_gate(parts.activation)), 0.0)]
-            rows.append((stream.down, stream.down_bias, 1.0))
-            out_weight = torch.cat([out_weight, columns], dim=1)
-        else:
-            check_odd_part(parts.activation)
-            both = torch.cat([stream.down, -stream.down])
-            rows = [(both, torch.cat([stream.down_bias, -stream.down_bias]), 1.0)]
-            out_weight = torch.cat([out_weight, columns, -columns], dim=1)
-        out_bias = out_bias + stream.up_biases[0]
-        if stream.pool is not None:
-            pools.append(stream.pool)
-        eye = torch.eye(rank, dtype=torch.float64, device=columns.device)
-        for i, (weight, bias, through) in enumerate(rows):
-            lower = through * (eye if parts.gated else torch.cat([eye, -eye]))
-            injects[i] = torch.block_diag(injects[i], lower)
-            weights[i], biases[i] = torch.cat([weights[i], weight]), torch.cat([biases[i], bias])
-    *first, out = parts.names
-    if pools and parts.gated:
-        first = ["gate_up_proj"]
-    ffn = FoldedFfn((*first, out), parts.activation, parts.gated)
-    if pools:
-        setattr(ffn, first[0], linear(torch.cat(weights), None, parts.like))
-        ffn.pool = linear(torch.cat(pools), None, parts.like)
-        ffn.inject = linear(torch.cat(injects), torch.cat(biases), parts.like)
-    else:
-        for name, weight, bias in zip(first, weights, biases, strict=True):
-            setattr(ffn, name, linear(weight, bias, parts.like))
+        rows, columns = _linear_neurons(parts, stream)
+        weights = [torch.cat([weight, row]) for weight, (row, _) in zip(weights, rows, strict=True)]
+        biases = [torch.cat([bias, constants]) for bias, (_, constants) in zip(biases, rows, strict=True)]
+        out_weight, out_bias = torch.cat([out_weight, columns], dim=1), out_bias + stream.up_biases[0]
+    ffn = FoldedFfn(parts.names, parts.activation)
+    pools = [pia.pool for pia in (correction, stream) if pia is not None and pia.pool is not None]
     keep_bias = parts.out_biased or stream is not None
+    if pools:
+        ffn.pool = linear(torch.cat(pools), None, parts.like)
+        spread_bias = None
+        if stream is not None:
+            keep_bias, spread_bias = False, torch.cat([torch.zeros_like(out_bias), out_bias])
+        ffn.spread = linear(_pooled_vectors(mixed, correction, stream), spread_bias, parts.like)
+    *first, out = parts.names
+    for name, weight, bias in zip(first, weights, biases, strict=True):
+        setattr(ffn, name, linear(weight, bias, parts.like))
     setattr(ffn, out, linear(out_weight, out_bias if keep_bias else None, parts.like))
     return ffn
+
+
+def _linear_neurons(parts: _Projections, stream: FoldedPia) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Rows (weights, constants) that every first projection gets, and columns of the last, for U (R u + r)."""
+    down, constants, columns = stream.down, stream.down_bias, stream.ups[0]
+    if parts.gated:
+        gate = torch.full_like(constants, constant_gate(parts.activation))
+        return [(torch.zeros_like(down), gate), (down, constants)], columns
+    check_odd_part(parts.activation)
+    return [(torch.cat([down, -down]), torch.cat([constants, -constants]))], torch.cat([columns, -columns], dim=1)
+
+
+def _mixed(identity: tuple[Tensor, Tensor | None], correction: FoldedPia) -> Tensor:
+    """M = diag g + U R, what a merged FFN makes of u."""
+    return torch.diag(identity[0].double()) + correction.ups[0] @ correction.down
+
+
+def cancels(identity: tuple[Tensor, Tensor | None], correction: FoldedPia) -> bool:
+    """Whether Δf takes so much of u away that a vector in front of M could bring a pooled term back only amplified.
+
+    Tensors without values (device `meta`) are given the benefit of the doubt.
+    """
+    if correction.pool is None or correction.down.is_meta:
+        return False
+    up = correction.ups[0]
+    solved, info = torch.linalg.solve_ex(_mixed(identity, correction), up)
+    return bool(info) or not bool(solved.norm() <= AMPLIFIED * up.norm())
+
+
+def _pooled_vectors(mixed: Tensor, correction: FoldedPia, stream: FoldedPia | None) -> Tensor:
+    """[v; w] as a matrix of the pooled terms of both PIAs, [d or 2 d, q]."""
+    up = correction.ups[0]
+    if correction.pool is None:
+        up = up[:, :0]
+    shift = torch.linalg.solve_ex(mixed, up).result
+    if stream is None:
+        return shift
+    own = torch.eye(stream.down.shape[0], dtype=shift.dtype, device=shift.device)
+    if stream.pool is None:
+        own = own[:, :0]
+    seen = torch.cat([shift, shift.new_zeros(len(shift), own.shape[1])], dim=1)
+    heard = torch.cat([own.new_zeros(len(own), shift.shape[1]), own], dim=1) - stream.down @ seen
+    return torch.cat([seen, stream.ups[0] @ heard])
 
 
 def fold_routed(block: Any, identity: tuple[Tensor, Tensor | None], correction: FoldedPia) -> FoldedFfn:
@@ -133,7 +163,7 @@ def fold_routed(block: Any, identity: tuple[Tensor, Tensor | None], correction: 
         block.thin_gain = nn.Parameter(gain.detach().clone(), requires_grad=False)
     g2 = gain2.double()
     constant = g2 * as_double(shift, g2) + as_double(shift2, g2)
-    ffn = FoldedFfn(parts.names, parts.activation, parts.gated)
+    ffn = FoldedFfn(parts.names, parts.activation)
     for name, (weight, bias) in zip(parts.names[:-1], parts.first, strict=True):
         setattr(ffn, name, linear(weight * g2, weight @ constant + bias, parts.like))
     out_weight, out_bias = parts.out

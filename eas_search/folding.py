@@ -112,18 +112,19 @@ class ThinPath(nn.Module):
 
 
 class FoldedFfn(nn.Module):
-    """A plain FFN, gated or not, whose first projections may get a bias per sample: inject(mean(P u)).
+    """A plain FFN, gated or not, with up to two vectors per sample that carry the pooled terms: FFN(u + v) + w.
 
-    Submodules carry the names of the original FFN's projections (`names`), so that the state dict of a merged layer
-    without pooling is that of an ordinary FFN of another width. With pooling gate and up are one projection, whose bias
-    is added in one pass: what one product saves over two pays for most of the pooling.
+    [v, w] = spread(mean(P u)); w exists only where a stream PIA is folded. Submodules carry the names of the original
+    FFN's projections (`names`), so that the state dict of a merged layer without pooling is that of an ordinary FFN of
+    another width. Both vectors are as wide as the stream: the wide activations in between are passed over no more often
+    than in an FFN that never was a student.
     """
 
-    def __init__(self, names: tuple[str, ...], activation: nn.Module, gated: bool) -> None:
+    def __init__(self, names: tuple[str, ...], activation: nn.Module) -> None:
         super().__init__()
-        self.names, self.activation, self.gated = names, activation, gated
+        self.names, self.activation = names, activation
         self.pool: nn.Linear | None = None
-        self.inject: nn.Linear | None = None
+        self.spread: nn.Linear | None = None
 
     def forward(self, u: Tensor, session: PoolSession, residual: Tensor | None) -> Tensor:
         """residual + FFN(u), both [B, n, d]; FFN(u) alone without a residual.
@@ -132,22 +133,26 @@ class FoldedFfn(nn.Module):
         what a merged layer could cost over a plain one.
         """
         *first, out = (getattr(self, name) for name in self.names)
-        in_place = not torch.is_grad_enabled()
+        in_place, lift = not torch.is_grad_enabled(), None
+        if self.pool is not None and self.spread is not None:
+            width = u.shape[-1]
+            vectors = session.mean("fold.pool", u, self.pool.weight, self.spread)
+            u = u + vectors[..., :width]
+            lift = vectors[..., width:] if vectors.shape[-1] > width else None
         hidden = [layer(u) for layer in first]
-        if self.pool is not None and self.inject is not None:
-            # The constant part of the bias is that of `inject`, so it costs no pass of its own.
-            bias = session.mean("fold.pool", u, self.pool.weight, self.inject)
-            wide = hidden[0].add_(bias) if in_place else hidden[0] + bias
-            hidden = [*wide.chunk(2 if self.gated else 1, dim=-1)]
         value = self.activation(hidden[0])
         if len(hidden) == 2:
             value = value.mul_(hidden[1]) if in_place and value is not hidden[0] else value * hidden[1]
         if residual is None:
             return out(value)
         if out.bias is None:  # the product accumulates onto the residual stream: one pass less
-            return torch.addmm(residual.flatten(0, -2), value.flatten(0, -2), out.weight.T).view(residual.shape)
-        y = out(value)
-        return y.add_(residual) if in_place else y + residual
+            y = torch.addmm(residual.flatten(0, -2), value.flatten(0, -2), out.weight.T).view(residual.shape)
+        else:
+            y = out(value)
+            y = y.add_(residual) if in_place else y + residual
+        if lift is None:
+            return y
+        return y.add_(lift) if in_place else y + lift
 
 
 def constant_gate(activation: Callable[[Tensor], Tensor]) -> float:

@@ -1,13 +1,13 @@
 """Merging: PIAs become part of the FFN's weights, light adapters part of the query, key and value projections.
 
 Exact for any batch, and nothing is rewritten per prompt. With a static router the merged layer is one norm without
-affine part and one FFN; the pooled term, where there is one, costs a vector per sample. A routed PIA, or one placed
-`residual`, keeps two thin products.
+affine part and one FFN; the pooled term, where there is one, costs a vector or two per sample. A routed PIA, one placed
+`residual`, and one that undoes what it stands beside keep two thin products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from eas_search.architectures.recompose import ffn_of
 from eas_search.blocks import SkippedBlock, StudentBlock
 from eas_search.dispatch import change_class
 from eas_search.exceptions import ConfigError, VerificationError
-from eas_search.ffn_folding import dense, fold_routed, fold_static
+from eas_search.ffn_folding import cancels, dense, fold_routed, fold_static
 from eas_search.folding import ThinPath, carries_linear, fold_pia, linear
 from eas_search.head import settle_head
 from eas_search.lora import merge_lora
@@ -76,8 +76,14 @@ def folded_name(ffn: str) -> str:
     return "merged_ffn" if ffn == "." else ffn
 
 
-def merge(student: Model) -> Model:
+def merge(student: Model, thin: Collection[str] | None = None) -> Model:
     """The student with its adapters folded into plain weights; a new tree, the student is untouched.
+
+    Args:
+        student: made by `apply_skips`.
+        thin: names of the sites whose PIA is to stay two thin products although its form could fold; None: those that
+            would not be exact. What was decided is kept in `.eas.thin`: a model that gets its weights later must be
+            given the same form.
 
     Raises:
         ConfigError: `student` was not made by `apply_skips`, or is merged already.
@@ -87,12 +93,12 @@ def merge(student: Model) -> Model:
     if info is None or info.merged:
         state = "already merged" if info is not None else "not a student"
         raise ConfigError(f"the model is {state}; expected the result of `apply_skips`, not yet merged")
-    merged = share_copy(student)
+    merged, kept = share_copy(student), list[str]()
     for site in info.sites:
         host = merged.get_submodule(site.host)
         if isinstance(host, SkippedBlock):
-            if host.eas_config.pia_dim > 0:
-                _merge_skipped(host)
+            if host.eas_config.pia_dim > 0 and _merge_skipped(host, None if thin is None else site.name in thin):
+                kept.append(site.name)
         elif isinstance(host, StandIn):
             if host.eas_config.pia_dim > 0:
                 _merge_stand_in(host)
@@ -101,9 +107,9 @@ def merge(student: Model) -> Model:
     merge_lora(merged)
     dtype = next(parameter.dtype for parameter in merged.parameters() if parameter.is_floating_point())
     settle_head(merged, dtype)
-    for thin in [part for part in merged.modules() if isinstance(part, ThinPath)]:
-        thin.to(dtype)
-    merged.eas = replace(info, merged=True)
+    for path in [part for part in merged.modules() if isinstance(part, ThinPath)]:
+        path.to(dtype)
+    merged.eas = replace(info, merged=True, thin=tuple(kept))
     return merged
 
 
@@ -125,7 +131,8 @@ def _merge_stand_in(attention: Any) -> None:
     attention.pia_stream = ThinPath(fold_pia(pia, ones, None, pooled), pia.down.weight)
 
 
-def _merge_skipped(block: Any) -> None:
+def _merge_skipped(block: Any, thin: bool | None) -> bool:
+    """Merge a skipped block; True when a static PIA stays two thin products, as `thin` wants it or exactness."""
     site, config = block.eas_site, block.eas_config
     pattern, context = site.pattern, block.eas_context
     normalise, gain1, shift1 = split_norm(getattr(block, pattern.norm1), site.width)
@@ -137,6 +144,7 @@ def _merge_skipped(block: Any) -> None:
     like = getattr(ffn_of(block, pattern.ffn), site.ffn.out).weight
     block.normalise = normalise
     block.thin_ffn = block.thin_stream = block.thin_gain = None
+    kept = False
     if config.placement == "residual":
         block.thin_stream = ThinPath(folded["stream"], like)
         if pattern.norm1 != pattern.norm2:
@@ -144,15 +152,16 @@ def _merge_skipped(block: Any) -> None:
         become(block, MergedResidualBlock, site, context)
     else:
         identity = (gain1, shift1) if config.identity == "paper" else (torch.ones_like(gain1), None)
-        if config.router == "static":
-            stream = folded["stream"]
-            thin = stream is not None and not stream_folds(block)
-            ffn = fold_static(block, identity, folded["ffn"], None if thin else stream)
-            block.thin_stream = ThinPath(stream, like) if thin else None
+        correction, stream = folded["ffn"], folded["stream"]
+        static = config.router == "static"
+        kept = static and (cancels(identity, correction) if thin is None else thin)
+        thin_stream = stream is not None and (kept or not static or not stream_folds(block))
+        if static and not kept:
+            ffn = fold_static(block, identity, correction, None if thin_stream else stream)
         else:
-            ffn = fold_routed(block, identity, folded["ffn"])
-            block.thin_ffn = ThinPath(folded["ffn"], like)
-            block.thin_stream = None if folded["stream"] is None else ThinPath(folded["stream"], like)
+            ffn = fold_routed(block, identity, correction)
+            block.thin_ffn = ThinPath(correction, like)
+        block.thin_stream = ThinPath(stream, like) if thin_stream else None
         if pattern.ffn == ".":
             for name in (*site.ffn.first, site.ffn.out):
                 delattr(block, name)
@@ -161,6 +170,7 @@ def _merge_skipped(block: Any) -> None:
             delattr(block, name)
         become(block, MergedBlock, site, context)
     del block.pia_ffn, block.pia_stream
+    return kept
 
 
 def _merge_adapted(attention: Any) -> None:

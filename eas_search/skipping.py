@@ -35,12 +35,14 @@ class StudentInfo:
         sites: all attention sites of the *original* model.
         skipped: those whose attention is gone.
         merged: whether its PIAs are folded into plain weights.
+        thin: names of the sites whose merged PIA stays two thin products because nothing else would be exact.
     """
 
     config: SkipConfig
     sites: tuple[AttentionSite, ...]
     skipped: tuple[AttentionSite, ...]
     merged: bool = False
+    thin: tuple[str, ...] = ()
 
 
 def share_copy(model: Model) -> Model:

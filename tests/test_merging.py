@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from eas_search.exceptions import ConfigError, VerificationError
+from eas_search.export import load_pretrained, save_pretrained
 from eas_search.merging import MergedBlock, merge, verify_merge
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import apply_skips
@@ -201,7 +203,7 @@ def test_verify_merge_refuses_a_model_that_differs(
     verify_merge(student, merged, {"input_ids": tokens})
     assert student.training  # the mode is given back
     with torch.no_grad():
-        merged.model.layers[0].mlp.down_proj.bias += damage
+        merged.model.layers[0].mlp.up_proj.bias += damage
     with pytest.raises(VerificationError, match=r"logits differs by .* expected at most 0\.0001") as caught:
         verify_merge(student, merged, {"input_ids": tokens})
     assert "\n" not in str(caught.value)
@@ -239,3 +241,48 @@ def test_without_linear_neurons_the_stream_pia_stays_two_thin_products(
         assert verify_merge(student, merged, inputs).largest < SINGLE
         (block,) = [part for part in merged.modules() if isinstance(part, MergedBlock)]
         assert (block.thin_stream is not None) == thin
+
+
+@pytest.mark.parametrize("placement", ["ffn", "parallel"])
+def test_pooled_terms_are_vectors_as_wide_as_the_stream(
+    llama: Any, tokens: Tensor, randomise: Callable[..., nn.Module], placement: Any
+) -> None:
+    """The FFN is the one without pooling: per sample one vector more goes in, and one is added behind it."""
+    config = SkipConfig(skip=(1,), pia_dim=4, placement=placement, pooling="prompt")
+    student = randomise(apply_skips(llama, config), std=0.1)
+    merged = merge(student)
+    unpooled = apply_skips(llama, config.model_copy(update={"pooling": "none"}))
+    unpooled.load_state_dict(student.state_dict(), strict=False)  # but for the pooled terms
+    plain = merge(unpooled)
+    ffn, same = merged.model.layers[1].mlp, plain.model.layers[1].mlp
+    count, width = (1, 2)[placement == "parallel"], llama.config.hidden_size
+    assert ffn.spread.weight.shape == (count * width, count * 4)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        assert torch.equal(getattr(ffn, name).weight, getattr(same, name).weight)
+    assert verify_merge(student, merged, {"input_ids": tokens}).largest < SINGLE
+
+
+@pytest.mark.parametrize("placement", ["ffn", "parallel"])
+@torch.no_grad()
+def test_a_pia_that_cancels_its_input_keeps_two_thin_products(
+    build_llama: Callable[..., Any], tokens: Tensor, randomise: Callable[..., nn.Module], placement: Any, tmp_path: Path
+) -> None:
+    """M = I - E Eᵀ is singular: what the PIA takes away cannot be brought back by a vector in front of it."""
+    model = build_llama()
+    model.model.layers[1].input_layernorm.weight.fill_(1.0)
+    for pooling, thin in (("prompt", True), ("none", False)):
+        config = SkipConfig(skip=(1,), pia_dim=2, groups=1, placement=placement, pooling=pooling)
+        student = randomise(apply_skips(model, config))
+        pia = student.model.layers[1].pia_ffn
+        eye = torch.eye(llama_width := model.config.hidden_size)[:, :2]
+        assert pia.down.weight.shape == (2, llama_width)
+        for up in pia.experts():
+            up.weight.copy_(eye)
+        pia.down.weight.copy_(-eye.T / pia.shape.mix)
+        merged = merge(student)
+        assert verify_merge(student, merged, {"input_ids": tokens}).largest < SINGLE
+        assert (merged.model.layers[1].thin_ffn is not None) == thin
+        assert merged.eas.thin == (("model.layers.1.self_attn",) if thin else ())
+        # Reloaded, the structure is made before the weights are there.
+        again = load_pretrained(save_pretrained(merged, tmp_path / pooling))
+        assert torch.equal(again(tokens).logits, merged(tokens).logits)

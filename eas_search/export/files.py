@@ -14,7 +14,9 @@ from torch import nn
 import eas_search
 from eas_search.exceptions import ConfigError, StorageError
 
-FORMAT = 2  # of the folder; 1 had the base model's own config.json, so that transformers filled in what is not there
+# Of the folder; 1 had the base model's own config.json, so that transformers filled in what is not there, and 2 pooled
+# terms as biases of the FFN.
+FORMAT = 3
 CONFIG, EAS_CONFIG = "config.json", "eas_config.json"
 MANIFEST, REFERENCE, CARD = "manifest.json", "reference.safetensors", "README.md"
 
@@ -69,6 +71,7 @@ def describe(student: nn.Module, kind: str, about: Mapping[str, Any] | None = No
         "architecture": type(student).__name__,
         "options": constructor_options(student),
         "merged": info.merged,
+        "thin": list(info.thin),
         "dtype": str(next(student.parameters()).dtype).removeprefix("torch."),
         "skip_config": info.config.model_copy(update={"skip": tuple(s.name for s in info.skipped)}).model_dump(
             mode="json"

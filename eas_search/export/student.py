@@ -124,7 +124,7 @@ def _empty(folder: Path, content: Mapping[str, Any]) -> Any:
     if (folder / "generation_config.json").is_file():
         base.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     student = apply_skips(base.eval(), SkipConfig(**content["skip_config"]))
-    return merge(student) if content.get("merged") else student
+    return merge(student, tuple(content.get("thin", ()))) if content.get("merged") else student
 
 
 def model_options(content: Mapping[str, Any]) -> dict[str, bool]:

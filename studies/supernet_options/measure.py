@@ -32,10 +32,15 @@ from record import load_config, write_result  # noqa: E402
 from supernets import changed, interval, settings_of, skip_configs, supernet_from, warm_start  # noqa: E402
 
 
-def start(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
-    """The supernet's adapters from which all options of a seed go on."""
+def start(config: dict[str, Any], seed: int, pooling: str | None) -> dict[str, Tensor]:
+    """The supernet's adapters from which all options of a seed, and of a pooling, go on."""
     torch.set_num_threads(1)
-    return warm_start(Workbench.open(settings_of(config, seed)))
+    return warm_start(Workbench.open(changed(settings_of(config, seed), {"student": {"pooling": pooling}})))
+
+
+def pooling_of(config: dict[str, Any], option: str) -> str | None:
+    """What an option's students pool over; None: what the task needs."""
+    return config["options"][option].get("student", {}).get("pooling")
 
 
 def run_option(
@@ -97,12 +102,14 @@ def main() -> None:
         wanted = {*arguments.options, *(every[name].get("against") for name in arguments.options)}
         config["options"] = {name: spec for name, spec in every.items() if name in wanted}
     stages = ["trial", "final"] if arguments.final else ["trial"]
-    starts = Parallel(n_jobs=2)(delayed(start)(config, seed) for seed in config["seeds"])
+    poolings = dict.fromkeys(pooling_of(config, option) for option in config["options"])
+    cases = [(seed, pooling) for pooling in poolings for seed in config["seeds"]]
+    starts = dict(zip(cases, Parallel(n_jobs=2)(delayed(start)(config, *case) for case in cases), strict=True))
     rows = []
     for row in Parallel(n_jobs=2, return_as="generator_unordered")(
-        delayed(run_option)(config, seed, option, adapters, stages)
+        delayed(run_option)(config, seed, option, starts[seed, pooling_of(config, option)], stages)
         for option in config["options"]
-        for seed, adapters in zip(config["seeds"], starts, strict=True)
+        for seed in config["seeds"]
     ):
         print(f"seed {row['seed']}, {row['option']}:", {stage: np.round(row[stage], 3).tolist() for stage in stages})
         rows.append(row)

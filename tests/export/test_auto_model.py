@@ -129,7 +129,7 @@ def test_an_export_of_the_former_layout_says_what_to_do(export: Path) -> None:
     content = read_json(export, "eas_config.json")
     write_json(export / "eas_config.json", {**content, "format": 1})
     for load in (eas.load_pretrained, eas.verify):
-        with pytest.raises(StorageError, match=r"folder format 1; expected 2: export it again from its search"):
+        with pytest.raises(StorageError, match=r"folder format 1; expected 3: export it again from its search"):
             load(export)
     write_json(export / "eas_config.json", {**content, "format": 3})
     with pytest.raises(StorageError, match="update eas_search"):

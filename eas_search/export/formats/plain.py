@@ -43,7 +43,7 @@ def check_plain(merged: Any) -> None:
     config = merged.eas.config
     for name, module in merged.named_modules():
         if isinstance(module, FoldedFfn) and module.pool is not None:
-            raise Misfit(f"pooling {config.pooling!r} adds a vector per sample to an FFN's bias; 'none' would fit")
+            raise Misfit(f"pooling {config.pooling!r} adds a vector per sample to an FFN's input; 'none' would fit")
         if not isinstance(module, ThinPath | Pia):
             continue
         if config.router == "routed":
