@@ -190,6 +190,7 @@ def main() -> None:
     """Run both modes, print their tables, write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="at most two minutes")
+    parser.add_argument("--mode", help="only this one of the configuration's modes")
     parser.add_argument("--output", type=Path, default=HERE, help="whose results folder gets the result")
     options = parser.parse_args()
     config = load_config(HERE)
@@ -197,6 +198,8 @@ def main() -> None:
     settings = SearchSettings(model=config["model"], task=config["task"], seed=config["seed"], **config["settings"])
     found = {}
     for mode, steps in config["modes"].items():
+        if options.mode not in (None, mode):
+            continue
         with tempfile.TemporaryDirectory() as folder:
             chosen = settings if steps is None else settings.fine_tuned_for(steps)
             found[mode] = compare(chosen, config, Path(folder))
