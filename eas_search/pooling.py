@@ -76,6 +76,9 @@ class PoolSession:
             [B, 1, q] for `prompt` and `all`; [B, n, q] for `prefix` (mean up to each token) and `none` (the token
             itself); what `then` makes of it.
         """
+        state = None if self.states is None else self.states.get(key)
+        if state is not None and state.count is None:  # while decoding nothing is left to do
+            return state.value
         then = then or (lambda values: values)
         project = (lambda values: values) if weight is None else (lambda values: F.linear(values, weight))
         if self.mode == "none":
@@ -85,11 +88,8 @@ class PoolSession:
                 f"a block with a skipped attention cannot pool: {self.refusal}; expected the tokens of its stack: "
                 "choose pooling 'none' or leave this stack's sites in"
             )
-        state = None if self.states is None else self.states.get(key)
         if self.mode == "prefix":
             return then(self._running(key, project(x), state))
-        if state is not None:
-            return state.value
         # The mean comes first: one token per sample then meets the weight. In double precision, which costs nothing on
         # one token and keeps a rounding that would reach all of them out of the sum.
         value = self._mean_of_tokens(x)

@@ -7,6 +7,10 @@ Attentions of one class (see `site_classes`) cost the same wherever they sit, so
 with k_cf sites of class c skipped in form f (a placement, or plain deletion), δ what one of them saves less what its
 PIA costs, ε the PIA's cost per rank, and ζ the little by which caches and what is done once per pass bend the line. It
 is the law S(k) = 1 / (1 - a k/L) of whole-sublayer deletion with the stand-ins' cost added.
+
+Folded stand-ins cost little, so that forms differ little, and ε and ζ are small: a priori each of these makes a normal
+difference with standard deviation `SMALL` where it is largest. With as few measurements as are affordable least squares
+would fit their noise instead; the quieter the measurements, the less the prior counts.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from eas_search.latency.statistics import process_deviation
 from eas_search.skip_config import SkipConfig
 
 Row = dict[str, float]
+Matrix = NDArray[np.float64]
+SMALL = 0.03  # of the original model's time
 
 
 def site_classes(model: nn.Module, sites: Sequence[AttentionSite]) -> dict[int, str]:
@@ -65,7 +71,7 @@ def independent_terms(rows: Sequence[Row]) -> list[str]:
     return kept
 
 
-def _scaled(rows: Sequence[Row], terms: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _scaled(rows: Sequence[Row], terms: Sequence[str]) -> tuple[Matrix, Matrix]:
     """(matrix [rows, terms], its columns' units [terms]); the largest entry of each is 1, or ranks drown the rest."""
     matrix = np.array([[row.get(term, 0.0) for term in terms] for row in rows])
     units = np.abs(matrix).max(axis=0, initial=1e-300)
@@ -80,11 +86,12 @@ class LatencyPredictor:
         coefficients: of the terms that were told apart.
         known: all terms that occurred among the measured configurations.
         spread: covariance of the coefficients for a residual variance of 1, in the order of `coefficients`.
-        residual_sd: standard deviation of the relative residuals.
+        residual_sd: standard deviation of the relative residuals, without the prior's pull.
         freedom: degrees of freedom behind it.
         errors: predicted / measured - 1 of every measured configuration, from a fit to all the others.
         confidence: of the intervals.
         process_sd: see `LatencyConfig`.
+        effective: how many coefficients the measurements decide, rather than the prior.
     """
 
     coefficients: dict[str, float]
@@ -95,6 +102,7 @@ class LatencyPredictor:
     errors: tuple[float, ...]
     confidence: float = 0.95
     process_sd: float = 0.0
+    effective: float = 0.0
 
     @property
     def leave_one_out(self) -> float:
@@ -104,7 +112,7 @@ class LatencyPredictor:
     @property
     def standard_error(self) -> float:
         """Root mean square of the relative standard errors of the fitted ratios."""
-        return float(self.residual_sd * np.sqrt(len(self.coefficients) / len(self.errors)))
+        return float(self.residual_sd * np.sqrt(self.effective / len(self.errors)))
 
     def describe(self) -> str:
         """One line on how good it is."""
@@ -150,6 +158,9 @@ def fit_predictor(
 ) -> LatencyPredictor:
     """Least squares of the relative errors, because timings scatter in proportion to what they measure.
 
+    The prior adds a row for each small difference, as in ridge regression, with the weight σ / `SMALL`, where σ is the
+    noise's standard deviation, as the residuals tell without it.
+
     Args:
         rows: measured configurations, from `terms_of`.
         ratios: their measured times over the baseline's.
@@ -167,15 +178,20 @@ def fit_predictor(
     scaled, scale = _scaled(rows, terms)
     relative = scaled / measured[:, None]  # times the coefficients: predicted / measured
 
-    def solve(index: NDArray[np.intp]) -> NDArray[np.float64]:
-        return np.asarray(np.linalg.lstsq(relative[index], np.ones(len(index)), rcond=None)[0])
+    every, prior, residual_sd = np.arange(len(rows)), _small_differences(terms, scale), 0.0
 
-    every = np.arange(len(rows))
-    found = solve(every)
-    residuals = relative @ found - 1
-    errors = tuple(float(relative[i] @ solve(np.delete(every, i)) - 1) for i in every)
+    def solve(index: NDArray[np.intp]) -> Matrix:
+        """Coefficients from these measurements, at the noise known so far."""
+        system = np.concatenate([relative[index], residual_sd / SMALL * prior])
+        wanted = np.concatenate([np.ones(len(index)), np.zeros(len(prior))])
+        return np.asarray(np.linalg.lstsq(system, wanted, rcond=None)[0])
+
+    residuals = relative @ solve(every) - 1
     residual_sd = float(np.sqrt(residuals @ residuals / freedom))
-    spread = np.linalg.inv(relative.T @ relative) / np.outer(scale, scale)
+    found = solve(every)
+    errors = tuple(float(relative[i] @ solve(np.delete(every, i)) - 1) for i in every)
+    inverse = np.linalg.inv(relative.T @ relative + (residual_sd / SMALL) ** 2 * prior.T @ prior)
+    spread = inverse / np.outer(scale, scale)
     return LatencyPredictor(
         coefficients=dict(zip(terms, (found / scale).tolist(), strict=True)),
         known=tuple(sorted({term for row in rows for term in row})),
@@ -185,4 +201,20 @@ def fit_predictor(
         errors=errors,
         confidence=confidence,
         process_sd=process_deviation(residual_sd) if process_sd is None else process_sd,
+        effective=float(np.trace(relative @ inverse @ relative.T)),
     )
+
+
+def _small_differences(terms: Sequence[str], scale: Matrix) -> Matrix:
+    """[differences, terms] for scaled coefficients: ranks, squares, and forms against the first one of their class."""
+    rows = [np.eye(len(terms))[i] for i, term in enumerate(terms) if term.endswith((", rank", ", squared"))]
+    first: dict[str, int] = {}
+    for i, term in enumerate(terms):
+        if term.count(",") != 1 or term.endswith(", squared"):
+            continue
+        j = first.setdefault(term.partition(",")[0], i)
+        if j != i:
+            row = np.zeros(len(terms))
+            row[i], row[j] = 1.0, -scale[i] / scale[j]  # of as many sites
+            rows.append(row)
+    return np.array(rows).reshape(-1, len(terms))

@@ -283,12 +283,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS))
-    parser.add_argument("--runs", type=int, default=3, help="measurements in each process")
+    parser.add_argument("--runs", type=int, default=3, help="measurements in each process, at least 2")
     parser.add_argument("--processes", type=int)
     parser.add_argument("--identical-runs", type=int, default=40)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.runs < 2:
+        parser.error(f"--runs is {args.runs}; expected at least 2, or nothing tells how much runs of one process differ")
     args.settings = args.settings or (["fast"] if args.quick else list(SETTINGS))
     args.processes = args.processes or (5 if args.quick else 10)
     if args.worker:
