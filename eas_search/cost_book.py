@@ -1,9 +1,9 @@
-"""What the prefill of a model costs, block by block: a model whose blocks were all measured before is not run again."""
+"""What a merged student costs, block by block: one whose blocks were all measured before is neither merged nor run."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from eas_search.measures import kv_bytes_by_slot, per_token, prefill
+from eas_search.measures import kv_bytes_by_slot, parameter_count, per_token, prefill
 
 _BLOCK = re.compile(r"([^\d.][^.]*\.)*\d+")  # an element of a list that lies in no other list
 _IN_BLOCK = re.compile(r"([^\d.][^.]*\.)*\d+(\.|$)")
 _OF_NO_EFFECT = {"training", "layer_idx"}
 
-Costs = tuple[int, int]  # FLOPs, bytes of keys and values
+Costs = tuple[int, int, int]  # FLOPs, bytes of keys and values, parameters
 
 
 @dataclass
 class CostBook:
-    """FLOPs and KV bytes of blocks by their structure: modules, shapes of weights, numbers and switches.
+    """FLOPs, KV bytes and parameters of blocks by the structure of the student's: modules, shapes, numbers, switches.
 
     Attributes:
         measured: how many models were run.
@@ -31,17 +31,26 @@ class CostBook:
     measured: int = 0
     _known: dict[object, Costs] = field(default_factory=dict, repr=False)
 
-    def prefill(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, int]:
-        """`flops` and `kv_bytes` as `measures.prefill_flops` and `measures.kv_bytes_per_token` give them."""
+    def costs(
+        self, student: nn.Module, merge: Callable[[], nn.Module], inputs: Mapping[str, Tensor]
+    ) -> dict[str, int]:
+        """`flops`, `kv_bytes` and `parameters` of the merged student, as the functions in `measures` give them.
+
+        Args:
+            student: whose structure decides that of the merged one.
+            merge: gives the merged student; called only when something about it is not known.
+            inputs: of the prefill.
+        """
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items())
-        modules = dict(model.named_modules())
+        modules = dict(student.named_modules())
         blocks = {path: module for path, module in modules.items() if _BLOCK.fullmatch(path)}
         keys: dict[str, object] = {
             path: (shapes, path.rpartition(".")[0], structure(block.named_modules())) for path, block in blocks.items()
         }
         keys[""] = (shapes, tuple(blocks), structure(item for item in modules.items() if not _IN_BLOCK.match(item[0])))
         if not all(key in self._known for key in keys.values()):
-            found = measure(model, inputs, blocks)
+            merged = merge()
+            found = measure(merged, inputs, {path: merged.get_submodule(path) for path in blocks})
             self.measured += 1
             if found[""][1]:  # it is not known whose keys and values these are
                 return _total(found.values(), inputs)
@@ -50,8 +59,8 @@ class CostBook:
 
 
 def _total(costs: Iterable[Costs], inputs: Mapping[str, Tensor]) -> dict[str, int]:
-    flops, held = (sum(column) for column in zip(*costs, strict=True))
-    return {"flops": flops, "kv_bytes": per_token(held, inputs)}
+    flops, held, parameters = (sum(column) for column in zip(*costs, strict=True))
+    return {"flops": flops, "kv_bytes": per_token(held, inputs), "parameters": parameters}
 
 
 def structure(modules: Iterable[tuple[str, nn.Module]]) -> tuple[object, ...]:
@@ -81,7 +90,9 @@ def measure(model: nn.Module, inputs: Mapping[str, Tensor], blocks: Mapping[str,
     for path, block in blocks.items():
         layers = {index for part in block.modules() if isinstance(index := getattr(part, "layer_idx", None), int)}
         held = sum(slots[index] for index in layers if slots and index < len(slots))
-        costs[path] = int(by_module.get(path, 0)), held
-    inside = [sum(column) for column in zip(*costs.values(), strict=True)] or [0, 0]
-    costs[""] = counter.get_total_flops() - inside[0], sum(slots) - inside[1]
+        costs[path] = int(by_module.get(path, 0)), held, parameter_count(block)
+    inside = [sum(column) for column in zip(*costs.values(), strict=True)] or [0, 0, 0]
+    every = counter.get_total_flops(), sum(slots), parameter_count(model)
+    flops, held, parameters = (total - part for total, part in zip(every, inside, strict=True))
+    costs[""] = flops, held, parameters
     return costs

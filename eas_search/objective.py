@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
 from eas_search.latency import measure_latency
-from eas_search.measures import parameter_count
 from eas_search.merging import merge
 from eas_search.names import Objective
 from eas_search.rungs import Rival, rung_ends, score_in_rungs
@@ -93,13 +93,15 @@ def mean_redundancy(bench: Workbench, scores: Sequence[float], config: SkipConfi
     return sum(skipped) / len(skipped) if skipped else 0.0
 
 
-def trial_latency(bench: Workbench, merged: nn.Module, config: SkipConfig) -> tuple[float, float, float]:
+def trial_latency(
+    bench: Workbench, merged: Callable[[], nn.Module], config: SkipConfig
+) -> tuple[float, float, float]:
     """(ratio, low, high) of the merged model's prefill time, predicted or measured as the settings say."""
     if bench.settings.latency == "predicted":
         return bench.predicted_latency(config)
     with bench.quiet.exclusive():
         report = measure_latency(
-            merged, bench.latency_inputs(), baseline=bench.model, config=bench.settings.trial_latency
+            merged(), bench.latency_inputs(), baseline=bench.model, config=bench.settings.trial_latency
         )
     ratio = report.prefill.ratio
     return ratio.estimate, ratio.low, ratio.high
@@ -123,7 +125,7 @@ def evaluate(
         rung_ends(len(split), bench.settings.rungs),
         rival,
     )
-    merged, inputs = merge(student).eval(), bench.latency_inputs()
+    merged = cache(lambda: merge(student).eval())  # where latency and costs of its like are known nobody asks for it
     if rival is not None and scored.stopped_at is not None and bench.settings.latency == "measured":
         latency, latency_low, latency_high = rival.latency, math.nan, math.nan
     else:
@@ -136,10 +138,9 @@ def evaluate(
         latency_low=latency_low,
         latency_high=latency_high,
         redundancy=mean_redundancy(bench, scores, config),
-        parameters=parameter_count(merged),
-        **bench.costs.prefill(merged, inputs),
+        **bench.costs.costs(student, merged, bench.latency_inputs()),
         seconds=time.perf_counter() - begin,
-        device=str(next(merged.parameters()).device),
+        device=str(next(student.parameters()).device),
     )
 
 

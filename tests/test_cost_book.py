@@ -7,18 +7,20 @@ import itertools
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 from eas_search.cost_book import CostBook
-from eas_search.measures import kv_bytes_per_token, prefill_flops
+from eas_search.measures import kv_bytes_per_token, parameter_count, prefill_flops
 from eas_search.merging import merge
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import apply_skips
 
 
 def expected(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, int]:
-    return {"flops": prefill_flops(model, inputs), "kv_bytes": kv_bytes_per_token(model, inputs)}
+    counts = {"flops": prefill_flops(model, inputs), "kv_bytes": kv_bytes_per_token(model, inputs)}
+    return {**counts, "parameters": parameter_count(model)}
 
 
 def test_every_skip_set_costs_what_running_it_says(llava: Any, image_prompt: dict[str, Tensor]) -> None:
@@ -27,11 +29,25 @@ def test_every_skip_set_costs_what_running_it_says(llava: Any, image_prompt: dic
     for skip, dim, placement in itertools.product(towers, (0, 2, 4), ("parallel", "ffn")):
         student = apply_skips(llava, SkipConfig(skip=skip, pia_dim=dim, placement=placement, pooling="none"))
         merged = merge(student).eval()
-        assert book.prefill(merged, image_prompt) == expected(merged, image_prompt)
-    # In every tower: kept, deleted, and for each rank and placement merged; `ffn` merges into the same shapes always.
-    assert book.measured <= 12
+        assert book.costs(student, lambda m=merged: m, image_prompt) == expected(merged, image_prompt)  # type: ignore[misc]
+    # In every tower: kept, deleted, and for each rank and placement merged.
+    assert book.measured <= 14
     shorter = {name: value[:1] for name, value in image_prompt.items()}
-    assert book.prefill(llava, shorter) == expected(llava, shorter)
+    assert book.costs(llava, lambda: llava, shorter) == expected(llava, shorter)
+
+
+@pytest.mark.parametrize("change", [{"pooling": "none"}, {"router": "routed"}, {"adapter_dim": 4}, {"pia_dim": 8}])
+def test_what_a_student_is_made_of_decides_what_its_merged_form_costs(
+    llama: Any, tokens: Tensor, change: dict[str, Any]
+) -> None:
+    book, inputs = CostBook(), {"input_ids": tokens}
+    first = SkipConfig(skip=(1,), pia_dim=4, pooling="prompt")
+    for config in (first, first.model_copy(update=change), first):
+        student = apply_skips(llama, config)
+        merged = merge(student).eval()
+        assert book.costs(student, lambda m=merged: m, inputs) == expected(merged, inputs)  # type: ignore[misc]
+    assert book.measured == 2
+    book.costs(student, lambda: pytest.fail("merged although all is known"), inputs)
 
 
 def test_layers_with_a_window_are_told_from_those_without() -> None:
@@ -50,8 +66,8 @@ def test_layers_with_a_window_are_told_from_those_without() -> None:
     for size in range(5):
         for skip in itertools.combinations(range(4), size):
             student = apply_skips(model, SkipConfig(skip=skip, pia_dim=0, pooling="none")).eval()
-            assert book.prefill(student, inputs) == expected(student, inputs)
-            found.add(book.prefill(student, inputs)["kv_bytes"])
+            assert book.costs(student, lambda s=student: s, inputs) == expected(student, inputs)  # type: ignore[misc]
+            found.add(book.costs(student, lambda s=student: s, inputs)["kv_bytes"])
     assert len(found) > 5  # a kept window holds less than a kept full layer
     assert book.measured < 6
 
@@ -63,5 +79,5 @@ def test_keys_that_belong_to_no_block_are_measured_every_time(llama: Any, tokens
     book, inputs = CostBook(), {"input_ids": tokens}
     for skip in ((), (1,), (1, 2), ()):
         student = apply_skips(twin, SkipConfig(skip=skip, pia_dim=0, pooling="none")).eval()
-        assert book.prefill(student, inputs) == expected(student, inputs)
+        assert book.costs(student, lambda s=student: s, inputs) == expected(student, inputs)  # type: ignore[misc]
     assert book.measured == 4

@@ -30,7 +30,7 @@ def search(bench: Workbench, supernet: Supernet, configs: Sequence[SkipConfig]) 
         fine_tune(student, bench.splits["train"], settings.trial, seed, teacher=supernet.intact_logits)
         accuracy = sample_scores(student.eval(), bench.splits["validation"]).double().mean().item()
         merged = merge(student).eval()
-        return accuracy, trial_latency(bench, merged, config)[0]
+        return accuracy, trial_latency(bench, lambda: merged, config)[0]
 
     study = optuna.create_study(directions=["maximize", "minimize"], sampler=optuna.samplers.RandomSampler(seed=0))
     for config in configs:

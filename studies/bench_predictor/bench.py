@@ -54,7 +54,8 @@ def random_configs(bench: Workbench, count: int, seed: int) -> list[SkipConfig]:
 def measured(bench: Workbench, models: Sequence[nn.Module], configs: Sequence[SkipConfig]) -> tuple[FloatArray, float]:
     """(ratios, seconds) of measuring one model after the other as trials do."""
     begin = time.perf_counter()
-    ratios = [trial_latency(bench, model, config)[0] for model, config in zip(models, configs, strict=True)]
+    pairs = zip(models, configs, strict=True)
+    ratios = [trial_latency(bench, lambda m=model: m, config)[0] for model, config in pairs]
     return np.array(ratios), time.perf_counter() - begin
 
 
