@@ -290,7 +290,7 @@ def main() -> None:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.runs < 2:
-        parser.error(f"--runs is {args.runs}; expected at least 2, or nothing tells how much runs of one process differ")
+        parser.error(f"--runs is {args.runs}; expected at least 2: how much the runs of a process differ is part of it")
     args.settings = args.settings or (["fast"] if args.quick else list(SETTINGS))
     args.processes = args.processes or (5 if args.quick else 10)
     if args.worker:
