@@ -31,9 +31,7 @@ class CostBook:
     measured: int = 0
     _known: dict[object, Costs] = field(default_factory=dict, repr=False)
 
-    def costs(
-        self, student: nn.Module, merge: Callable[[], nn.Module], inputs: Mapping[str, Tensor]
-    ) -> dict[str, int]:
+    def costs(self, student: nn.Module, merge: Callable[[], nn.Module], inputs: Mapping[str, Tensor]) -> dict[str, int]:
         """`flops`, `kv_bytes` and `parameters` of the merged student, as the functions in `measures` give them.
 
         Args:

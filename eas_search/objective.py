@@ -93,9 +93,7 @@ def mean_redundancy(bench: Workbench, scores: Sequence[float], config: SkipConfi
     return sum(skipped) / len(skipped) if skipped else 0.0
 
 
-def trial_latency(
-    bench: Workbench, merged: Callable[[], nn.Module], config: SkipConfig
-) -> tuple[float, float, float]:
+def trial_latency(bench: Workbench, merged: Callable[[], nn.Module], config: SkipConfig) -> tuple[float, float, float]:
     """(ratio, low, high) of the merged model's prefill time, predicted or measured as the settings say."""
     if bench.settings.latency == "predicted":
         return bench.predicted_latency(config)

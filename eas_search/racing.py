@@ -29,6 +29,7 @@ from eas_search.supernet import Supernet
 from eas_search.training import sample_scores
 from eas_search.workbench import Workbench
 
+CHANGE = 0.3  # see `Candidates.change`; of 16 finalists of two searches .25 and .42, sampling noise taken off
 FIRST = 100  # samples of the first round; every further one doubles them
 FloatArray = NDArray[np.float64]
 
@@ -41,17 +42,27 @@ class Candidates:
         configs: their skip configurations.
         accuracy, variance: [candidates], shrunken accuracies, and how unsure they are.
         costs: [3, candidates, costs], what is minimised, lower and upper ends of the intervals.
+        change: standard deviation, in logits, of what the finals' fine-tuning will change for one and not for all.
     """
 
     configs: Sequence[SkipConfig]
     accuracy: FloatArray
     variance: FloatArray
     costs: FloatArray
+    change: float = 0.0
+
+    def most_promising(self, accuracy: FloatArray, variance: FloatArray, count: int) -> list[int]:
+        """Positions of the `count` that promise most, given what is known of their accuracies as trials, [candidates].
+
+        What a trial's few steps have not made of a configuration the finals' may: a poor one has far to go.
+        """
+        change = self.change * accuracy * (1 - accuracy)  # delta method, as in `shrink`
+        return most_promising(accuracy, variance + change**2, self.costs[0], count)
 
     def at(self, rows: list[int]) -> Candidates:
         """Some of them."""
         chosen = [self.configs[row] for row in rows]
-        return Candidates(chosen, self.accuracy[rows], self.variance[rows], self.costs[:, rows])
+        return Candidates(chosen, self.accuracy[rows], self.variance[rows], self.costs[:, rows], self.change)
 
 
 @dataclass(frozen=True)
@@ -150,7 +161,7 @@ def winners(field: Candidates, raced: Mapping[int, FloatArray], places: int) -> 
             weight = variance[row] / (variance[row] + unsure)
             accuracy[row] += weight * (level + lead - accuracy[row])
             variance[row] *= 1 - weight
-    return most_promising(accuracy, variance, field.costs[0], places)
+    return field.most_promising(accuracy, variance, places)
 
 
 def choose_finalists(bench: Workbench, supernet: Supernet, folder: StageFolder, candidates: Candidates) -> Choice:
@@ -160,7 +171,7 @@ def choose_finalists(bench: Workbench, supernet: Supernet, folder: StageFolder, 
     """
     settings = bench.settings
     most = max(settings.candidates, settings.finalists)
-    short = most_promising(candidates.accuracy, candidates.variance, candidates.costs[0], most)
+    short = candidates.most_promising(candidates.accuracy, candidates.variance, most)
     if len(short) <= settings.finalists:
         return Choice(short, {"candidates": len(short), "left": len(short), "samples_scored": 0})
     field = candidates.at(short)

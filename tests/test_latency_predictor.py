@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -201,11 +202,12 @@ def test_a_noisy_machine_is_measured_again(
     bench: Any = SimpleNamespace(site_classes=classes, space=space, settings=settings, predictor=None)
     rng, calls = np.random.default_rng(0), list[int]()
 
-    def measure(_: Any, configs: list[SkipConfig]) -> list[float]:
-        calls.append(len(configs))
-        return [made_up(config) * float(np.exp(rng.normal(0, noise))) for config in configs]
+    def passes_of(_: Any, configs: list[SkipConfig]) -> Iterator[list[float]]:
+        while True:
+            calls.append(len(configs))
+            yield [made_up(config) * float(np.exp(rng.normal(0, noise))) for config in configs]
 
-    monkeypatch.setattr(prediction, "_ratios", measure)
+    monkeypatch.setattr(prediction, "_passes", passes_of)
     fitted = prediction.predictor_stage(bench, StageFolder(tmp_path))
     assert calls == [9] * passes
     assert len(fitted.errors) == 9 * passes

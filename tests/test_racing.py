@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -105,6 +106,14 @@ def test_winners_weigh_what_the_search_and_the_race_saw() -> None:
         weight = deviation**2 / (deviation**2 + noise)
         lead = (1 - weight) * (prior - 0.9) / 2 + weight * differences.mean() / 2
         assert winners(field([0.9, prior], deviation, [0.7, 0.7]), raced, 1) == [int(lead > 0)]
+
+
+def test_what_fine_tuning_may_still_change_keeps_a_second_one_of_a_poor_kind() -> None:
+    """Two poor and fast ones differ little now; after more steps the other may be the better one by far."""
+    accuracy, latency = [0.38, 0.37, 0.95, 0.945], [0.66, 0.66, 0.75, 0.755]
+    for change, kept in ((0.0, [0, 2, 3]), (0.3, [0, 1, 2])):
+        candidates = replace(field(accuracy, 0.004, latency), change=change)
+        assert candidates.most_promising(candidates.accuracy, candidates.variance, 3) == kept
 
 
 def searched(seed: int) -> tuple[SearchSpace, list[SkipConfig], np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from optuna.study import Study
 
 from eas_search.exceptions import EasSearchError
 from eas_search.finalists import Finalist, finalist_name, measure_finalists, prepare_finalist
-from eas_search.racing import Candidates, choose_finalists, shrink
+from eas_search.racing import CHANGE, Candidates, choose_finalists, shrink
 from eas_search.skip_config import SkipConfig
 from eas_search.stages import StageFolder, baseline_scores
 from eas_search.study.frames import cost_intervals, front_frame, trials_frame
@@ -84,4 +84,5 @@ def shrunken_candidates(trials: pd.DataFrame, bench: Workbench) -> Candidates:
     shrunken, variance = shrink(bench.space, configs, trials["accuracy"].to_numpy(dtype=float), seen.to_numpy())
     rows = np.flatnonzero(trials["state"] == "COMPLETE").tolist()
     costs = cost_intervals(trials, bench.settings.objectives[1:])
-    return Candidates(configs, shrunken, variance, costs).at(rows)
+    change = CHANGE if bench.settings.final.steps > bench.settings.trial.steps else 0.0
+    return Candidates(configs, shrunken, variance, costs, change).at(rows)

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from eas_search.expected_front import most_promising
 from eas_search.racing import Candidates, race, round_ends, shrink, winners
 from eas_search.report.front import hypervolume, non_dominated
 from eas_search.search_space import SearchSpace
@@ -116,7 +115,7 @@ class Judge:
         seen = np.full(len(numbers), len(validation))
         costs = np.broadcast_to(self.latency[numbers][:, None], (3, len(numbers), 1))
         field = Candidates(configs, *shrink(space, configs, self.validation[numbers], seen), costs)
-        short = most_promising(field.accuracy, field.variance, field.costs[0], max(count, places))
+        short = field.most_promising(field.accuracy, field.variance, max(count, places))
         if len(short) <= places:
             return numbers[short]
         field = field.at(short)
