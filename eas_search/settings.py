@@ -123,7 +123,7 @@ class SupernetSettings(_Group):
         bandit_batch: validation samples on which the candidates of an update, and the one-shot metrics, are scored.
     """
 
-    training: FineTuneConfig = FineTuneConfig(steps=80, learning_rate=5e-3)
+    training: FineTuneConfig = FineTuneConfig(steps=80, learning_rate=2e-3)
     draws: Literal["bandit", "random", "sandwich"] = "bandit"
     nested: bool = False
     refit: int = Field(default=0, ge=0)
