@@ -131,7 +131,7 @@ def test_an_export_of_the_former_layout_says_what_to_do(export: Path) -> None:
     for load in (eas.load_pretrained, eas.verify):
         with pytest.raises(StorageError, match=r"folder format 1; expected 3: export it again from its search"):
             load(export)
-    write_json(export / "eas_config.json", {**content, "format": 3})
+    write_json(export / "eas_config.json", {**content, "format": 4})
     with pytest.raises(StorageError, match="update eas_search"):
         eas.load_pretrained(export)
 

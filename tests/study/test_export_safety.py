@@ -101,7 +101,7 @@ def test_an_export_file_that_is_none_is_refused(export: Path, content: str) -> N
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("version", [3, "1", None])
+@pytest.mark.parametrize("version", [4, "1", None])
 def test_another_format_is_refused_with_the_cure(export: Path, version: object) -> None:
     change(export / "eas_config.json", format=version)
     with pytest.raises(StorageError, match="update eas_search"):
