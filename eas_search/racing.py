@@ -144,6 +144,12 @@ def race(
     return dict(enumerate(scores))
 
 
+def furthest(raced: Mapping[int, FloatArray]) -> list[int]:
+    """The candidates that a race scored on the most samples."""
+    most = max(map(len, raced.values()))
+    return [row for row, values in raced.items() if len(values) == most]
+
+
 def winners(field: Candidates, raced: Mapping[int, FloatArray], places: int) -> list[int]:
     """Positions of the finalists in the field: those that promise most, see `expected_front`.
 
@@ -151,10 +157,8 @@ def winners(field: Candidates, raced: Mapping[int, FloatArray], places: int) -> 
     may be harder or easier on the whole, and not all candidates have been through all of them. So what the race tells
     is by how much a candidate differs from those that came furthest, on the samples that it shares with them.
     """
-    most = max(map(len, raced.values()))
-    furthest = [row for row, values in raced.items() if len(values) == most]
-    accuracy, variance = field.accuracy.copy(), field.variance.copy()
-    level, pace = accuracy[furthest].mean(), np.mean([raced[row] for row in furthest], axis=0)
+    accuracy, variance, ahead = field.accuracy.copy(), field.variance.copy(), furthest(raced)
+    level, pace = accuracy[ahead].mean(), np.mean([raced[row] for row in ahead], axis=0)
     for row, values in raced.items():
         if len(values):
             lead, unsure = mean_difference(values, pace[: len(values)])
@@ -202,7 +206,5 @@ def _held(bench: Workbench, supernet: Supernet, field: Candidates) -> dict[str, 
         return scores
 
     raced = race(score, field.costs, settings.finalists, round_ends(len(selection)))
-    most = max(map(len, raced.values()))
-    left = sum(len(values) == most for values in raced.values())
-    record = {"candidates": len(field.configs), "left": left, "samples_scored": scored}
+    record = {"candidates": len(field.configs), "left": len(furthest(raced)), "samples_scored": scored}
     return {"rows": winners(field, raced, settings.finalists), **record}

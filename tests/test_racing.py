@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from eas_search.racing import Candidates, race, round_ends, shrink, winners
+from eas_search.racing import Candidates, furthest, race, round_ends, shrink, winners
 from eas_search.search_space import SearchSpace
 from eas_search.settings import SpaceSettings
 from eas_search.skip_config import SkipConfig
@@ -36,12 +36,6 @@ class Track:
 
 def exact(latency: list[float]) -> np.ndarray:
     return np.stack([np.array(latency)[:, None]] * 3)
-
-
-def furthest(raced: dict[int, np.ndarray]) -> list[int]:
-    """Who was scored on the most samples."""
-    most = max(map(len, raced.values()))
-    return [row for row, values in raced.items() if len(values) == most]
 
 
 def test_the_hopeless_drop_out_first_and_cost_least() -> None:

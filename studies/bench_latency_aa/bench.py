@@ -148,11 +148,12 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
     low, high = [r["low"] for r in runs], [r["high"] for r in runs]
     inner = [r["within_run"] for r in runs]
+    repeat, own = covered(low, high), covered([i[0] for i in inner], [i[1] for i in inner])
     return {
-        "coverage": covered(low, high),
-        "coverage_interval": list(wilson(covered(low, high), len(runs))),
-        "coverage_within_run": covered([i[0] for i in inner], [i[1] for i in inner]),
-        "coverage_within_run_interval": list(wilson(covered([i[0] for i in inner], [i[1] for i in inner]), len(runs))),
+        "coverage": repeat,
+        "coverage_interval": list(wilson(repeat, len(runs))),
+        "coverage_within_run": own,
+        "coverage_within_run_interval": list(wilson(own, len(runs))),
         "width": median(np.log(high) - np.log(low)),
         "width_within_run": median([np.log(i[1] / i[0]) for i in inner]),
         "spread": spread([r["estimate"] for r in runs]),
