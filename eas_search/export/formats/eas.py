@@ -34,7 +34,7 @@ class EasFormat(Format):
     def write(self, job: Writing) -> dict[str, Any]:
         """Base configuration and weights of the merged student."""
         write_student(job.merged, job.folder)
-        return {"merged": True}
+        return {"merged": True, "thin": list(job.merged.eas.thin)}
 
     def load(self, folder: Path, content: Mapping[str, Any], base: nn.Module | None) -> nn.Module:
         """The merged student."""
