@@ -83,6 +83,22 @@ def test_a_first_block_that_keeps_its_attention(
     assert result.report.largest <= 1e-4
 
 
+@pytest.mark.parametrize("kind", [kind for kind in QUICK if "pooled" in POSSIBLE[kind]])
+def test_a_block_whose_pia_stays_thin_comes_back_so(
+    llama: Any, prompts: dict[str, Tensor], student_of: Callable[..., Any], write: Callable[..., Any], kind: str
+) -> None:
+    """It takes its input away, so that its merged form, which loading builds before the weights are there, differs."""
+    student = student_of(llama, "pooled")
+    site = student.eas.skipped[0]
+    block = student.get_submodule(site.block)
+    pia, norm = block.pia_ffn, getattr(block, site.pattern.norm1)
+    with torch.no_grad():  # M = I + U R with R U = -I is singular
+        pia.down.weight.copy_(-torch.linalg.pinv(pia.static_up()[0]) / pia.shape.mix / norm.weight)
+    assert eas.merge(student).eas.thin == (site.name,)
+    _, result = write(student, prompts, kind, base=llama)
+    assert result.report.largest <= 1e-4
+
+
 @pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind != "decilm"])
 def test_the_demo_model_in_every_format_verified_in_a_fresh_process(
     demo: SimpleNamespace, student_of: Callable[..., Any], write: Callable[..., Any], python: Callable[..., str],

@@ -58,7 +58,7 @@ class DeciLmFormat(Format):
         )
         if job.student.generation_config is not None:
             job.student.generation_config.save_pretrained(job.folder)  # type: ignore[union-attr, operator]
-        return {"merged": True, "thin": list(job.merged.eas.thin)}
+        return {"merged": True}
 
     def load(self, folder: Path, content: Mapping[str, Any], base: nn.Module | None) -> nn.Module:
         """The described model, assembled from parts of Llama in `transformers`: to verify it, not to be fast."""

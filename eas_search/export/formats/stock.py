@@ -44,7 +44,7 @@ class StockFormat(Format):
     def write(self, job: Writing) -> dict[str, Any]:
         """As any model of `transformers` is saved."""
         build(job.student, job.merged).save_pretrained(job.folder)
-        return {"merged": True, "thin": list(job.merged.eas.thin)}
+        return {"merged": True}
 
     def load(self, folder: Path, content: Mapping[str, Any], base: nn.Module | None) -> nn.Module:
         """As any model of `transformers` is loaded."""
