@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import transformers
 from torch import nn
 
+from eas_search.export.files import student_info
 from eas_search.export.formats.base import Format, Verdict, Writing
 from eas_search.export.student import KIND, load_pretrained, write_student
 from eas_search.models.own import own_class
@@ -34,7 +35,7 @@ class EasFormat(Format):
     def write(self, job: Writing) -> dict[str, Any]:
         """Base configuration and weights of the merged student."""
         write_student(job.merged, job.folder)
-        return {"merged": True, "thin": list(job.merged.eas.thin)}
+        return {"merged": True, "thin": list(student_info(job.merged).thin)}
 
     def load(self, folder: Path, content: Mapping[str, Any], base: nn.Module | None) -> nn.Module:
         """The merged student."""
