@@ -42,6 +42,14 @@ def test_what_noise_may_have_put_behind_keeps_its_place() -> None:
     assert most_promising(accuracy, np.zeros(3), latency, 1) == [1]
 
 
+def test_the_most_accurate_has_a_place() -> None:
+    """Next to the slowest it adds next to nothing to the area; the five others are worth more to it."""
+    latency = np.array([1.0, 0.98, 0.8, 0.7, 0.6, 0.5])
+    accuracy = np.array([0.5, 0.951, 0.95, 0.93, 0.9, 0.8])
+    for count in (1, 2, 4):
+        assert 1 in most_promising(accuracy, np.zeros(6), latency, count)
+
+
 def test_what_is_unsure_may_surprise() -> None:
     accuracy, variance, latency = [0.9, 0.88, 0.88], [0.0, 0.0, 0.05**2], [0.5, 0.5, 0.5]
     assert most_promising(accuracy, variance, latency, 2) == [0, 2]

@@ -91,9 +91,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="two seeds, two sets of each size, nothing recorded")
     config = load_config(HERE)
-    quick = parser.parse_args().quick
+    parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
+    options = parser.parse_args()
+    quick = options.quick
     config |= config["quick"] if quick else {}
-    rows = Parallel(n_jobs=2)(delayed(run_seed)(config, seed) for seed in config["seeds"])
+    rows = Parallel(n_jobs=options.jobs)(delayed(run_seed)(config, seed) for seed in config["seeds"])
     found = ratios(config, rows)
     table = Table(title="Held-out accuracy with PIAs / with nothing in the attentions' place")
     for name in ("steps", "skipped", "without: which", "PIA", "without", "ratio", "95 % interval"):

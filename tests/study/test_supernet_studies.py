@@ -39,15 +39,25 @@ def test_settings_change_in_part(studies: Any) -> None:
     assert studies.shared.changed(settings, {"trial": {"distill": 0.5}}).trial.steps == settings.trial.steps
 
 
-def test_an_interval_draws_seeds_and_then_sets(studies: Any) -> None:
-    """One set per seed: the usual 1.96 s / √n. Sets that do not differ add nothing to what the seeds' spread gives."""
-    values = np.random.default_rng(1).normal(size=(400, 1))
-    mean, low, high = studies.shared.interval(values, np.mean, draws=4000)
-    assert mean == pytest.approx(values.mean())
-    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.05)
-    again = studies.shared.interval(np.repeat(values, 5, axis=1), np.mean, draws=4000)
-    assert again == pytest.approx((mean, low, high), abs=0.01)
+def test_an_interval_is_that_of_the_seeds(studies: Any) -> None:
+    """Of a mean the jackknife is exact: t s / √n of the seeds' means, whatever the sets within them are."""
+    values = np.random.default_rng(1).normal(size=(12, 5))
+    means = values.mean(axis=1)
+    reach = 2.200985 * means.std(ddof=1) / np.sqrt(12)  # of Student's t with 11 degrees of freedom, from a printed table
+    expected = (values.mean(), values.mean() - reach, values.mean() + reach)
+    assert studies.shared.interval(values, np.mean) == pytest.approx(expected)
     assert studies.shared.interval(np.full((3, 4), 0.25), np.mean) == (0.25, 0.25, 0.25)
+
+
+def test_an_interval_of_a_ratio_covers_the_truth(studies: Any) -> None:
+    """In 95 % of 400 repetitions, ± 3 of the binomial's standard deviations; seeds and sets both scatter."""
+    rng, covered = np.random.default_rng(2), 0
+    for _ in range(400):
+        level = rng.normal(0.5, 0.05, size=(16, 1))
+        values = np.stack([1.1 * level, level + np.zeros(1)], axis=-1) + rng.normal(0, 0.05, size=(16, 8, 2))
+        _, low, high = studies.shared.interval(values, lambda drawn: drawn[..., 0].mean() / drawn[..., 1].mean())
+        covered += low <= 1.1 <= high
+    assert 0.917 <= covered / 400 <= 0.983
 
 
 def test_gains_are_paired(studies: Any) -> None:
@@ -65,9 +75,12 @@ def test_gains_are_paired(studies: Any) -> None:
 
 def test_ratios_are_of_mean_accuracies_by_size(studies: Any) -> None:
     """Sizes take turns; (0.6 + 0.9) / (0.5 + 0.5) with four sites skipped, (0.3 + 0.3) / (0.2 + 0.2) with six."""
-    rows = [{"seed": 0, "skip": [], "0": {"pia": [0.6, 0.3, 0.9, 0.3], "deletion": [0.5, 0.2, 0.5, 0.2]}}]
+    rows = [
+        {"seed": 0, "skip": [], "0": {"pia": [0.6, 0.3, 0.6, 0.3], "deletion": [0.5, 0.2, 0.5, 0.2]}},
+        {"seed": 1, "skip": [], "0": {"pia": [0.9, 0.3, 0.9, 0.3], "deletion": [0.5, 0.2, 0.5, 0.2]}},
+    ]
     four, six = studies.bench.ratios({"skipped": [4, 6]}, rows)
     assert (four["skipped"], six["skipped"]) == (4, 6)
     assert four["ratio"] == pytest.approx(1.5)
-    assert (four["low"], four["high"]) == pytest.approx((1.2, 1.8))  # one set drawn twice
+    assert (four["low"], four["high"]) == pytest.approx((1.5 - 12.7062 * 0.3, 1.5 + 12.7062 * 0.3))  # 1.2 and 1.8
     assert [six[name] for name in ("ratio", "low", "high")] == pytest.approx([1.5] * 3)
