@@ -16,7 +16,7 @@ from eas_search.merging import merge
 from eas_search.objective import make_student
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import adapter_parameters, load_adapters
-from eas_search.stages import StageFolder
+from eas_search.stage_folder import StageFolder
 from eas_search.supernet import Supernet
 from eas_search.training import sample_scores
 from eas_search.workbench import Workbench
@@ -44,14 +44,9 @@ class Finalist:
     breakdown: dict[str, float] = field(default_factory=dict)
 
 
-def digest(config: SkipConfig) -> str:
-    """A short name for a configuration, usable in file names."""
-    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12]
-
-
 def finalist_name(config: SkipConfig) -> str:
     """Of the stage that keeps a finalist."""
-    return f"finalist-{digest(config)}"
+    return f"finalist-{config.digest}"
 
 
 def prepare_finalist(
@@ -91,7 +86,7 @@ def measure_finalists(
 
     An earlier measurement of exactly these finalists is taken as it is: a resumed study at its budget adds nothing.
     """
-    names = {str(finalist.number): digest(finalist.config) for finalist in finalists}
+    names = {str(finalist.number): finalist.config.digest for finalist in finalists}
     name = "latency-" + hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:12]
     kept = folder.read(name)
     if kept is None:

@@ -23,6 +23,7 @@ from eas_search.merging import merge
 from eas_search.names import Objective
 from eas_search.rungs import Rival, rung_ends, score_in_rungs
 from eas_search.skip_config import SkipConfig
+from eas_search.skipping import load_adapters
 from eas_search.supernet import Supernet
 from eas_search.training import FineTuneConfig, fine_tune, sample_scores
 from eas_search.workbench import Workbench
@@ -87,6 +88,16 @@ def make_student(bench: Workbench, supernet: Supernet, config: SkipConfig, train
     return student.eval()
 
 
+def trial_student(bench: Workbench, supernet: Supernet, config: SkipConfig) -> tuple[nn.Module, bool]:
+    """(the student of a configuration as its trial has left it, whether it had to be trained again)."""
+    kept = bench.kept.read(config)
+    if kept is None:
+        return make_student(bench, supernet, config, bench.settings.trial), True
+    student = bench.student(config)
+    load_adapters(student, kept)
+    return student.eval(), False
+
+
 def mean_redundancy(bench: Workbench, scores: Sequence[float], config: SkipConfig) -> float:
     """Mean score of the skipped sites; `scores` are in the order of the searchable sites."""
     skipped = [score for site, score in zip(bench.sites, scores, strict=True) if site.index in set(config.skip)]
@@ -123,6 +134,8 @@ def evaluate(
         rung_ends(len(split), bench.settings.rungs),
         rival,
     )
+    if scored.stopped_at is None:  # others are never candidates
+        bench.kept.keep(config, student)
     merged = cache(lambda: merge(student).eval())  # where latency and costs of its like are known nobody asks for it
     if rival is not None and scored.stopped_at is not None and bench.settings.latency == "measured":
         latency, latency_low, latency_high = rival.latency, math.nan, math.nan

@@ -23,7 +23,7 @@ from eas_search.latency.predictor import (
 from eas_search.merging import merge
 from eas_search.search_space import SearchSpace
 from eas_search.skip_config import SkipConfig
-from eas_search.stages import StageFolder
+from eas_search.stage_folder import StageFolder
 from eas_search.workbench import Workbench
 
 TOGETHER_BYTES = 2**30  # models that hold more in all are timed one after the other, each against the original

@@ -20,11 +20,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from eas_search.expected_front import most_promising
 from eas_search.front_statistics import CONFIDENCE, collapsed, dominance, mean_difference, mean_variance
-from eas_search.objective import make_student
+from eas_search.objective import trial_student
 from eas_search.samplers.surrogate import Encoder, Surrogate, sigmoid
 from eas_search.search_space import SearchSpace
 from eas_search.skip_config import SkipConfig
-from eas_search.stages import StageFolder
+from eas_search.stage_folder import StageFolder
 from eas_search.supernet import Supernet
 from eas_search.training import sample_scores
 from eas_search.workbench import Workbench
@@ -71,7 +71,8 @@ class Choice:
 
     Attributes:
         rows: positions of the finalists among the candidates.
-        record: what the choice was made with: candidates, left (at the end of the race), samples_scored.
+        record: what the choice was made with: candidates, left (at the end of the race), samples_scored, and trained,
+            how many had to be fine-tuned again.
     """
 
     rows: list[int]
@@ -171,13 +172,13 @@ def winners(field: Candidates, raced: Mapping[int, FloatArray], places: int) -> 
 def choose_finalists(bench: Workbench, supernet: Supernet, folder: StageFolder, candidates: Candidates) -> Choice:
     """The finalists among all trials; an earlier choice among exactly these candidates is taken as it is.
 
-    `settings.candidates` trials race, fine-tuned as in their trials, for `settings.finalists` places.
+    `settings.candidates` trials race, as their trials have left them, for `settings.finalists` places.
     """
     settings = bench.settings
     most = max(settings.candidates, settings.finalists)
     short = candidates.most_promising(candidates.accuracy, candidates.variance, most)
     if len(short) <= settings.finalists:
-        return Choice(short, {"candidates": len(short), "left": len(short), "samples_scored": 0})
+        return Choice(short, {"candidates": len(short), "left": len(short), "samples_scored": 0, "trained": 0})
     field = candidates.at(short)
     names = [config.model_dump(mode="json") for config in field.configs]
     identity = json.dumps([names, field.accuracy.tolist(), field.costs.tolist(), settings.finalists])
@@ -195,16 +196,18 @@ def _held(bench: Workbench, supernet: Supernet, field: Candidates) -> dict[str, 
     """Hold the race: positions in the field that become finalists, and the figures of `Choice.record`."""
     settings, selection = bench.settings, bench.splits["selection"]
     students: dict[int, Any] = {}
-    scored = 0
+    scored = trained = 0
 
     def score(row: int, start: int, end: int) -> torch.Tensor:
-        nonlocal scored
+        nonlocal scored, trained
         if row not in students:  # a student shares the model's weights: keeping all of them costs little
-            students[row] = make_student(bench, supernet, field.configs[row], settings.trial)
+            students[row], again = trial_student(bench, supernet, field.configs[row])
+            trained += again
         scores = sample_scores(students[row], selection.part(start, end), guard=bench.guard)
         scored += len(scores)
         return scores
 
     raced = race(score, field.costs, settings.finalists, round_ends(len(selection)))
-    record = {"candidates": len(field.configs), "left": len(furthest(raced)), "samples_scored": scored}
+    record = {"candidates": len(field.configs), "left": len(furthest(raced))}
+    record |= {"samples_scored": scored, "trained": trained}
     return {"rows": winners(field, raced, settings.finalists), **record}

@@ -94,15 +94,17 @@ class SampleSettings(_Group):
 
 
 class CacheSettings(_Group):
-    """What every worker process may keep in memory instead of computing it again, in bytes; 0 keeps nothing.
+    """What a search may keep instead of computing it again, in bytes; 0 keeps nothing.
 
     Attributes:
-        features: image features, where no student changes the vision side.
-        prefixes: residual streams behind layers that recur, where samples are scored.
+        features: image features, where no student changes the vision side; in the memory of every worker process.
+        prefixes: residual streams behind layers that recur, where samples are scored; in the same place.
+        adapters: of trials, which the race before the finals goes on with; on disk, in the output folder.
     """
 
     features: int = Field(default=2**30, ge=0)
     prefixes: int = Field(default=2**30, ge=0)
+    adapters: int = Field(default=2**31, ge=0)
 
 
 class SupernetSettings(_Group):

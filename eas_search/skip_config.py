@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -88,6 +89,11 @@ class SkipConfig(BaseModel):
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}, expected more than 0")
         return self
+
+    @property
+    def digest(self) -> str:
+        """A short name for the configuration, usable in file names."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
 
     def save(self, path: str | Path) -> None:
         """Write the configuration as JSON."""

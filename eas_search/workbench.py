@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from eas_search.architectures import AttentionSite, attention_sites, prove_sites
 from eas_search.cost_book import CostBook
 from eas_search.exceptions import ConfigError, UnsupportedModelError
+from eas_search.kept_adapters import KeptAdapters
 from eas_search.latency import QuietLock
 from eas_search.latency.predictor import LatencyPredictor, site_classes, terms_of
 from eas_search.models.loading import load_config, load_model, model_location
@@ -46,6 +47,7 @@ class Workbench:
         refused: sites that were left out of the space because they cannot be deleted, and why.
         predictor: of the latency of the timed batch, once `predictor_stage` has fitted it.
         costs: FLOPs and KV bytes of the blocks that were measured before.
+        kept: adapters of finished trials.
     """
 
     settings: SearchSettings
@@ -59,6 +61,7 @@ class Workbench:
     refused: dict[str, str] = field(default_factory=dict)
     predictor: LatencyPredictor | None = None
     costs: CostBook = field(default_factory=CostBook)
+    kept: KeptAdapters = field(default_factory=KeptAdapters)
 
     @classmethod
     def open(cls, settings: SearchSettings, folder: Path | None = None) -> Workbench:
@@ -66,7 +69,7 @@ class Workbench:
 
         Args:
             settings: of the search.
-            folder: shared by the workers of one search; None when there is only one process.
+            folder: the output folder, which the processes of one search share; None where there is none.
 
         Raises:
             EasSearchError: whatever is wrong with the model, the task, its data or the search space.
@@ -97,7 +100,8 @@ class Workbench:
         changed = [apply_skips(model, space.config(skip)) for skip in ((), [site.index for site in space.sites])]
         limits_of_caches = (settings.caches.features, settings.caches.prefixes)
         attach_caches(model, changed, every, probe, limits_of_caches, tolerance=1e-5 if single else 5e-2)
-        return cls(settings, task, model, processor, every, space, splits, QuietLock(lock), refused)
+        kept = KeptAdapters(folder and folder / "stages" / "trials", settings.caches.adapters)
+        return cls(settings, task, model, processor, every, space, splits, QuietLock(lock), refused, kept=kept)
 
     @property
     def sites(self) -> tuple[AttentionSite, ...]:

@@ -26,7 +26,7 @@ LAYERS = [
     "workbench | redundancy | samplers | report | export",
     "search_space | supernet | site_survey",
     "twin_proof",
-    "settings | warm_start | merging | proof | rungs | cost_book",
+    "settings | warm_start | merging | proof | rungs | cost_book | kept_adapters",
     "skipping | training | latency | measures | ffn_folding | costs | front_statistics | expected_front",
     "blocks | folding | tasks | reuse",
     "stand_ins | feature_cache | prefix_sharing",
@@ -38,7 +38,7 @@ LAYERS = [
     "pooling | masks",
     "skip_config | head | dispatch | bandit | fingerprints",
     "__init__",
-    "auto_classes | plugins",
+    "auto_classes | plugins | stage_folder",
     "exceptions | import_hook | names | copying",
 ]
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split(" | ")}

@@ -29,7 +29,7 @@ from eas_search.prediction import measured_configs
 from eas_search.search_space import SearchSpace
 from eas_search.settings import SearchSettings, SpaceSettings
 from eas_search.skip_config import SkipConfig
-from eas_search.stages import StageFolder
+from eas_search.stage_folder import StageFolder
 
 # Milliseconds: the whole model, one attention of each tower, and what a PIA costs at each placement and per rank.
 MODEL, ATTENTION = 20.0, {"text": 0.7, "vision": 0.3}

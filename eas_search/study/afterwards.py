@@ -29,7 +29,8 @@ from eas_search.report.page import PageData, write_page
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import apply_skips
-from eas_search.stages import StageFolder, baseline_scores, baseline_stage, supernet_stage
+from eas_search.stage_folder import StageFolder
+from eas_search.stages import baseline_scores, baseline_stage, supernet_stage
 from eas_search.study import outputs
 from eas_search.study.frames import front_frame, trials_frame
 from eas_search.study.storage import only_writer, open_storage

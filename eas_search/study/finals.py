@@ -13,7 +13,8 @@ from eas_search.exceptions import EasSearchError
 from eas_search.finalists import Finalist, finalist_name, measure_finalists, prepare_finalist
 from eas_search.racing import CHANGE, Candidates, choose_finalists, shrink
 from eas_search.skip_config import SkipConfig
-from eas_search.stages import StageFolder, baseline_scores
+from eas_search.stage_folder import StageFolder
+from eas_search.stages import baseline_scores
 from eas_search.study.frames import cost_intervals, front_frame, trials_frame
 from eas_search.study.progress import Display
 from eas_search.study.workers import Workers

@@ -17,7 +17,8 @@ from eas_search.measures import kv_bytes_per_token
 from eas_search.prediction import describe_errors, finalists_errors, predictor_stage
 from eas_search.samplers import check_budget
 from eas_search.settings import SearchSettings
-from eas_search.stages import Baseline, StageFolder, baseline_stage, supernet_stage
+from eas_search.stage_folder import StageFolder
+from eas_search.stages import Baseline, baseline_stage, supernet_stage
 from eas_search.study.finals import hold_finals
 from eas_search.study.heap import settled_heap
 from eas_search.study.progress import Display

@@ -15,7 +15,8 @@ from optuna.study import Study
 from eas_search.plugins import plugin_name
 from eas_search.prediction import prediction_report
 from eas_search.report.page import PageData, write_page
-from eas_search.stages import Baseline, StageFolder
+from eas_search.stage_folder import StageFolder
+from eas_search.stages import Baseline
 from eas_search.study import outputs
 from eas_search.study.finals import Finals
 from eas_search.study.frames import mark_chosen, trials_frame

@@ -14,7 +14,7 @@ from eas_search.rungs import Rival, kept_attentions, strongest_rival
 from eas_search.samplers import make_sampler, ranking_prefixes
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
-from eas_search.stages import StageFolder
+from eas_search.stage_folder import StageFolder
 from eas_search.study.loop import TrialLoop, run_here
 from eas_search.study.progress import Display, Tally
 from eas_search.study.storage import undisturbed

@@ -17,7 +17,8 @@ from eas_search.prediction import predictor_stage
 from eas_search.rungs import Rival
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
-from eas_search.stages import StageFolder, supernet_stage
+from eas_search.stage_folder import StageFolder
+from eas_search.stages import supernet_stage
 from eas_search.supernet import Supernet
 from eas_search.workbench import Workbench
 

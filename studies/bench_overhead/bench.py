@@ -30,7 +30,8 @@ from eas_search.rungs import kept_attentions, pack, strongest_rival
 from eas_search.samplers import make_sampler
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
-from eas_search.stages import StageFolder, empty_supernet
+from eas_search.stage_folder import StageFolder
+from eas_search.stages import empty_supernet
 from eas_search.study import create_study
 from eas_search.study.heap import settled_heap
 from eas_search.study.loop import TrialLoop, run_here

@@ -27,7 +27,7 @@ from eas_search.prediction import predictor_stage
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import apply_skips
-from eas_search.stages import StageFolder
+from eas_search.stage_folder import StageFolder
 from eas_search.study.heap import settled_heap
 from eas_search.workbench import Workbench
 

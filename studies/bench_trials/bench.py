@@ -28,7 +28,8 @@ from eas_search.rungs import kept_attentions, strongest_rival, unpack
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import apply_skips
-from eas_search.stages import StageFolder, baseline_stage, supernet_stage
+from eas_search.stage_folder import StageFolder
+from eas_search.stages import baseline_stage, supernet_stage
 from eas_search.supernet import Supernet
 from eas_search.training import fine_tune, sample_scores, seeded
 from eas_search.workbench import Workbench

@@ -23,7 +23,8 @@ from eas_search.report.front import hypervolume, non_dominated
 from eas_search.rungs import kept_attentions, rung_ends, score_in_rungs, strongest_rival, unpack
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
-from eas_search.stages import StageFolder, baseline_stage, supernet_stage
+from eas_search.stage_folder import StageFolder
+from eas_search.stages import baseline_stage, supernet_stage
 from eas_search.study import create_study
 from eas_search.study.progress import PlainDisplay
 from eas_search.study.trials import Trials

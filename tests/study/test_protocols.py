@@ -15,7 +15,7 @@ from eas_search.bandit import VARIANTS
 from eas_search.export import verify
 from eas_search.names import ONE_SHOT
 from eas_search.settings import SearchSettings
-from eas_search.stages import StageFolder
+from eas_search.stage_folder import StageFolder
 from eas_search.study.outputs import read_json
 
 Search = Callable[[SearchSettings, Path], SimpleNamespace]

@@ -15,18 +15,22 @@ import optuna
 import pandas as pd
 import psutil
 import pytest
+import torch
 
 import eas_search
+from eas_search.exceptions import StorageError
 from eas_search.finalists import Finalist, finalist_name, prepare_finalist
+from eas_search.kept_adapters import KeptAdapters
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
-from eas_search.stages import StageFolder
+from eas_search.stage_folder import StageFolder
 from eas_search.study import finals
 from eas_search.study.frames import mark_chosen
 from eas_search.study.outputs import read_json
 from eas_search.study.progress import TrialNews
 
 BUDGET = 5  # of the finished search
+COUNTED = ["accuracy", "parameters"]  # objectives that do not depend on timings
 
 
 def trials_by_config(study: optuna.Study) -> dict[str, tuple[float, int, int]]:
@@ -113,6 +117,43 @@ def test_a_race_before_the_finals_is_held_once(
     again = search(settings, tmp_path / "run")
     assert again.result.summary["race"] == race
     assert {path.name: path.read_bytes() for path in (tmp_path / "run" / "stages").glob("race-*")} == kept
+
+
+def test_a_race_goes_on_with_what_trials_have_trained(
+    search: Callable[..., SimpleNamespace], make_settings: Callable[..., SearchSettings], tmp_path: Path
+) -> None:
+    """Bit for bit what training again gives; 0 bytes keep nothing, and what does not fit is trained again."""
+
+    def run(name: str, room: int) -> tuple[dict[str, int], list[int], list[int]]:
+        folder = tmp_path / name
+        settings = make_settings(candidates=4, finalists=1, rungs=[], caches={"adapters": room}, objectives=COUNTED)
+        result = search(settings, folder).result
+        sizes = [file.stat().st_size for file in (folder / "stages/trials").glob("*.safetensors")]
+        rows = [
+            json.loads(file.read_text(encoding="utf-8"))["rows"] for file in (folder / "stages").glob("race-*.json")
+        ]
+        return result.summary["race"], sizes, [*rows[0], *result.front["number"]]
+
+    all_race, all_sizes, chosen = run("all", 2**31)
+    some_race, some_sizes, some_chosen = run("some", min(all_sizes))
+    no_race, no_sizes, no_chosen = run("none", 0)
+    assert (len(all_sizes), len(some_sizes), len(no_sizes)) == (5, 1, 0)
+    assert (all_race["trained"], no_race["trained"]) == (0, no_race["candidates"])
+    assert no_race["candidates"] - 1 <= some_race["trained"] <= no_race["candidates"]
+    assert chosen == some_chosen == no_chosen
+    assert all_race["samples_scored"] == some_race["samples_scored"] == no_race["samples_scored"]
+
+
+def test_a_damaged_file_of_a_trial_is_named(tmp_path: Path) -> None:
+    kept, config = KeptAdapters(tmp_path, 2**20), SkipConfig(skip=(1,), pia_dim=2)
+    model = torch.nn.Linear(3, 2)
+    assert kept.read(config) is None
+    assert kept.keep(config, model)
+    assert kept.read(config)["weight"].equal(model.weight)
+    (tmp_path / f"{config.digest}.safetensors").write_bytes(b"torn")
+    with pytest.raises(StorageError, match=config.digest):
+        kept.read(config)
+    assert not KeptAdapters(None, 2**20).keep(config, model)
 
 
 def test_the_summary_says_with_what_and_where_it_was_measured(finished: SimpleNamespace) -> None:

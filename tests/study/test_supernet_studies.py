@@ -43,7 +43,7 @@ def test_an_interval_is_that_of_the_seeds(studies: Any) -> None:
     """Of a mean the jackknife is exact: t s / √n of the seeds' means, whatever the sets within them are."""
     values = np.random.default_rng(1).normal(size=(12, 5))
     means = values.mean(axis=1)
-    reach = 2.200985 * means.std(ddof=1) / np.sqrt(12)  # of Student's t with 11 degrees of freedom, from a printed table
+    reach = 2.200985 * means.std(ddof=1) / np.sqrt(12)  # Student's t, 11 degrees of freedom, from a printed table
     expected = (values.mean(), values.mean() - reach, values.mean() + reach)
     assert studies.shared.interval(values, np.mean) == pytest.approx(expected)
     assert studies.shared.interval(np.full((3, 4), 0.25), np.mean) == (0.25, 0.25, 0.25)
