@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -132,20 +133,23 @@ class FoldedFfn(nn.Module):
         Without gradients the wide activations are written as seldom as possible: their traffic, not the arithmetic, is
         what a merged layer could cost over a plain one.
         """
-        *first, out = (getattr(self, name) for name in self.names)
+        # Asking a module by attribute takes longer than adding a vector to one token.
+        parts: dict[str, Any] = self._modules
+        *first, out = [parts[name] for name in self.names]
         in_place, lift = not torch.is_grad_enabled(), None
-        if self.pool is not None and self.spread is not None:
-            width = u.shape[-1]
-            vectors = session.mean("fold.pool", u, self.pool.weight, self.spread)
-            u = u + vectors[..., :width]
-            lift = vectors[..., width:] if vectors.shape[-1] > width else None
+        if (pool := parts.get("pool")) is not None:
+            shift = session.mean("fold.pool", u, pool.weight, parts["spread"])
+            if shift.shape[-1] > u.shape[-1]:
+                shift, lift = shift.chunk(2, dim=-1)
+            u = u + shift
         hidden = [layer(u) for layer in first]
         value = self.activation(hidden[0])
         if len(hidden) == 2:
             value = value.mul_(hidden[1]) if in_place and value is not hidden[0] else value * hidden[1]
         if residual is None:
             return out(value)
-        if out.bias is None:  # the product accumulates onto the residual stream: one pass less
+        # The product accumulates onto the residual stream: one pass less, but over one token the calls cost more.
+        if out.bias is None and residual.shape[-2] > 1:
             y = torch.addmm(residual.flatten(0, -2), value.flatten(0, -2), out.weight.T).view(residual.shape)
         else:
             y = out(value)
