@@ -29,7 +29,8 @@ class Finalist:
     """One re-trained configuration with its held-out accuracy; `student` is unmerged, `merged` what is timed.
 
     "Accuracy" is the mean score by the task's metric, `scores` are those of the held-out samples, [N], and `breakdown`
-    holds further held-out figures by name. `selection_accuracy` is what may decide between finalists.
+    holds further held-out figures by name. `selection_accuracy` is what may decide between finalists. `accuracy_seeds`
+    are the held-out accuracies of all its trainings, its own first.
     """
 
     number: int
@@ -42,6 +43,7 @@ class Finalist:
     student: nn.Module
     merged: nn.Module
     breakdown: dict[str, float] = field(default_factory=dict)
+    accuracy_seeds: list[float] = field(default_factory=list)
 
 
 def finalist_name(config: SkipConfig) -> str:
@@ -67,6 +69,7 @@ def prepare_finalist(
             "accuracy_high": high,
             "selection_accuracy": selection.double().mean().item(),
             "breakdown": held_out.scoring.report(held_out, scores),
+            "accuracy_seeds": [accuracy, *_trained_again(bench, supernet, config)],
         }
         folder.write(name, content, {**adapter_parameters(student), SCORES: scores})
     else:
@@ -77,6 +80,15 @@ def prepare_finalist(
         student.eval()
     merged = merge(student).eval()
     return Finalist(number=number, config=config, scores=scores, student=student, merged=merged, **content)
+
+
+def _trained_again(bench: Workbench, supernet: Supernet, config: SkipConfig) -> list[float]:
+    """Held-out accuracies of further trainings of a configuration."""
+    found = []
+    for repeat in range(1, bench.settings.final_seeds):
+        student = make_student(bench, supernet, config, bench.settings.final, repeat)
+        found.append(sample_scores(student, bench.splits["test"]).double().mean().item())
+    return found
 
 
 def measure_finalists(

@@ -75,15 +75,20 @@ def trial_seed(seed: int, config: SkipConfig) -> int:
     return zlib.crc32(f"{seed}:{config.model_dump_json()}".encode())
 
 
-def make_student(bench: Workbench, supernet: Supernet, config: SkipConfig, training: FineTuneConfig) -> nn.Module:
-    """The fine-tuned student of a configuration: inherits from the supernet, then trains its own adapters."""
+def make_student(
+    bench: Workbench, supernet: Supernet, config: SkipConfig, training: FineTuneConfig, repeat: int = 0
+) -> nn.Module:
+    """The fine-tuned student of a configuration: inherits from the supernet, then trains its own adapters.
+
+    Every `repeat` trains on the samples in another order.
+    """
     student, train, settings = bench.student(config), bench.splits["train"], bench.settings.supernet
     if settings.refit and settings.training.steps == 0 and config.skip and config.pia_dim:
         with bench.guard(), supernet.refitted(config, list(train.subset(settings.refit).batches(64))):
             supernet.inherit(student)
     else:
         supernet.inherit(student)
-    seed, teacher = trial_seed(bench.settings.seed, config), supernet.intact_logits
+    seed, teacher = trial_seed(bench.settings.seed, config) + repeat, supernet.intact_logits
     fine_tune(student, train, training, seed, guard=bench.guard, teacher=teacher)
     return student.eval()
 

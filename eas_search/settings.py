@@ -164,6 +164,8 @@ class SearchSettings(LoadSettings):
         candidates: how many trials race on the selection samples for the finalists' places.
         rungs: parts of the validation samples after which a trial is stopped that has surely lost; empty: never.
         finalists: how many trials of the front are re-trained and re-measured.
+        final_seeds: trainings of every finalist. The first is the one that is judged and handed over; what further ones
+            reach is reported beside it, and says how much of an accuracy is chance of the training.
         latency_batch: prompts per timed batch.
         latency: of a trial: `predicted` from a few measured configurations, or `measured` in every trial. Finalists are
             always measured.
@@ -196,6 +198,7 @@ class SearchSettings(LoadSettings):
     candidates: int = Field(default=16, ge=1)
     rungs: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.25, 0.5)
     finalists: int = Field(default=8, ge=1)
+    final_seeds: int = Field(default=1, ge=1)
     latency_batch: int = Field(default=8, ge=1)
     latency: LatencySource = "predicted"
     fit_passes: int = Field(default=4, ge=1)

@@ -231,6 +231,8 @@ def test_headline_of_unusual_studies(study: PageData) -> None:
     assert "of the baseline's accuracy (a significant loss)" in page_headline(with_chosen(study, accuracy=0.8, **lost))
     unsure = {"accuracy_change_low": -0.03, "accuracy_change_high": 0.01}
     assert "accuracy (no significant loss)" in page_headline(with_chosen(study, accuracy=0.8, **unsure))
+    assert labels.trainings([0.948, 0.942, 0.951]) == "3 trainings: 94.7 ± 0.5\u00a0%"
+    assert labels.trainings([0.948]) == labels.trainings(None) == ""
     assert labels.points(-0.012, -0.023, 0.001) == "−1.2 (−2.3 to +0.1) points"
     assert "costs no accuracy (85.0 % against 84.6 %)" in page_headline(with_chosen(study, accuracy=0.85))
     assert page_headline(invented_study(finalists=0)) == ("No finalist was measured yet: 50 of 50 trials are done.")

@@ -38,8 +38,8 @@ class PageData:
         front: one row per finalist: number, skip, skip_names, pia_dim, placement, accuracy (held-out),
             accuracy_low, accuracy_high, latency, latency_low, latency_high, decode_latency,
             decode_latency_low, decode_latency_high, kv_bytes, parameters, on_front (not dominated), chosen, config;
-            optionally front (`front`, `undecided` or `dominated`) and accuracy_change, …_low, …_high (against the
-            baseline on the same samples). May be empty, without columns.
+            optionally accuracy_seeds (of all trainings), front (`front`, `undecided` or `dominated`) and
+            accuracy_change, …_low, …_high (against the baseline on the same samples). May be empty, without columns.
         baseline: zero_shot_accuracy, accuracy, accuracy_low, accuracy_high, prefill_ms, decode_ms, kv_bytes,
             parameters, latency.
         sites: every attention site, in order: index, name, tower, redundancy.
@@ -161,6 +161,7 @@ def _payload(row: Mapping[Any, Any], data: PageData, held_out: bool) -> dict[str
         "facts": [
             ["Skipped", skipped],
             [f"{score}, {'held-out' if held_out else 'validation'}", accuracy],
+            *_trainings(row),
             *_change(row),
             ["Prefill speed-up", prefill if prefill == labels.MISSING else f"{prefill} ({interval})"],
             ["KV cache per token", labels.size(row["kv_bytes"])],
@@ -172,6 +173,12 @@ def _payload(row: Mapping[Any, Any], data: PageData, held_out: bool) -> dict[str
         "x": axes.place(row[axes.cost], data.baseline) if labels.known(row["latency"]) and row["latency"] > 0 else None,
         "y": row["accuracy"] if labels.known(row["accuracy"]) else None,
     }
+
+
+def _trainings(row: Mapping[Any, Any]) -> list[list[str]]:
+    """The fact on further trainings, where a point has had some."""
+    text = labels.trainings(row.get("accuracy_seeds"))
+    return [["Trained again", text]] if text else []
 
 
 def _change(row: Mapping[Any, Any]) -> list[list[str]]:

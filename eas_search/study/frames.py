@@ -124,6 +124,7 @@ def front_frame(
                 **dict(zip(CHANGE, map(float, paired_difference(finalist.scores, baseline)), strict=True)),
                 "selection_accuracy": finalist.selection_accuracy,
                 "breakdown": finalist.breakdown,
+                "accuracy_seeds": finalist.accuracy_seeds,
                 **figures[finalist.number],
                 "config": config.model_dump(mode="json"),
             }

@@ -144,6 +144,25 @@ def test_a_race_goes_on_with_what_trials_have_trained(
     assert all_race["samples_scored"] == some_race["samples_scored"] == no_race["samples_scored"]
 
 
+def test_finalists_are_trained_several_times_where_wanted(
+    search: Callable[..., SimpleNamespace], make_settings: Callable[..., SearchSettings], tmp_path: Path
+) -> None:
+    """The first training is the one that a search without further ones has."""
+    training = {"steps": 12, "batch_size": 8, "learning_rate": 0.1}
+    wishes: dict[str, Any] = {"objectives": COUNTED, "finalists": 2, "final": training}
+    once = search(make_settings(**wishes), tmp_path / "once").result.front.set_index("number")
+    thrice = search(make_settings(final_seeds=3, **wishes), tmp_path / "thrice").result.front.set_index("number")
+    assert sorted(once.index) == sorted(thrice.index)
+    assert once["accuracy_seeds"].tolist() == [[accuracy] for accuracy in once["accuracy"]]
+    for number, row in thrice.iterrows():
+        assert len(row["accuracy_seeds"]) == 3
+        assert row["accuracy_seeds"][0] == row["accuracy"] == once["accuracy"][number]
+    assert any(len(set(values)) > 1 for values in thrice["accuracy_seeds"])
+    page = (tmp_path / "thrice/pareto.html").read_text(encoding="utf-8")
+    assert "3 trainings: " in page
+    assert "trainings: " not in (tmp_path / "once/pareto.html").read_text(encoding="utf-8")
+
+
 def test_a_damaged_file_of_a_trial_is_named(tmp_path: Path) -> None:
     kept, config = KeptAdapters(tmp_path, 2**20), SkipConfig(skip=(1,), pia_dim=2)
     model = torch.nn.Linear(3, 2)
