@@ -13,7 +13,7 @@ from eas_search.bandit import EasBandit
 from eas_search.redundancy import ONE_SHOT_METHODS
 from eas_search.redundancy.bandit import bandit_step
 from eas_search.reuse import reusing
-from eas_search.settings import SupernetSettings
+from eas_search.setting_groups import SupernetSettings
 from eas_search.supernet import Supernet
 from eas_search.training import endless, fine_tune
 from eas_search.workbench import Workbench

@@ -12,7 +12,7 @@ from optuna.distributions import BaseDistribution, IntDistribution
 
 from eas_search.architectures import AttentionSite
 from eas_search.exceptions import ConfigError
-from eas_search.settings import SpaceSettings
+from eas_search.setting_groups import SpaceSettings
 from eas_search.skip_config import SkipConfig
 
 

@@ -7,138 +7,30 @@ import json
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
-from eas_search.bandit import VARIANTS, BanditConfig
 from eas_search.exceptions import ConfigError
 from eas_search.latency import LatencyConfig
 from eas_search.models.options import LoadOptions, LoadSettings
 from eas_search.names import COSTS, LatencySource, Objective, Ranking, Sampler
 from eas_search.plugins import settled
-from eas_search.skip_config import Placement, Pooling, SkipConfig, Tower, one_line
+from eas_search.setting_groups import (
+    CacheSettings,
+    SampleSettings,
+    SpaceSettings,
+    SpaceWishes,
+    StudentWishes,
+    SupernetSettings,
+)
+from eas_search.skip_config import SkipConfig, one_line
+from eas_search.study_file import read_study_file
 from eas_search.training import FineTuneConfig
 
 # Settings that a run may change when it resumes a study.
 MAY_CHANGE = ("budget", "jobs", "time_limit", "prefer", "caches")
 FINE_TUNES = ("baseline", "trial", "final")
-
-
-class _Group(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SpaceSettings(_Group):
-    """The search space.
-
-    Attributes:
-        towers: whose attention sites may be skipped.
-        pia_dims: ranks to choose from.
-        placements: placements to choose from.
-    """
-
-    towers: tuple[Tower, ...] = ("text",)
-    pia_dims: tuple[int, ...] = (4, 8, 16)
-    placements: tuple[Placement, ...] = ("parallel", "ffn")
-
-    @field_validator("towers", "pia_dims", "placements")
-    @classmethod
-    def _some(cls, values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-        if values is not None and (not values or len(set(values)) != len(values)):
-            raise ValueError(f"{list(values)} must name at least one choice, each once")
-        return values
-
-
-class SpaceWishes(SpaceSettings):
-    """What a search may say about its space; None leaves it to the model.
-
-    Attributes:
-        towers: None means `fusion` where two streams look at each other, else `text`, or the only other tower of a
-            model that has no text.
-        placements: None means `parallel` and `ffn`, or `residual` where a block cannot have these.
-    """
-
-    towers: tuple[Tower, ...] | None = None  # type: ignore[assignment]
-    placements: tuple[Placement, ...] | None = None  # type: ignore[assignment]
-
-
-class StudentWishes(SkipConfig):
-    """What a search may say about its students.
-
-    Attributes:
-        pooling: None means what the task needs, see `tasks.Task.pooling`.
-    """
-
-    pooling: Pooling | None = None  # type: ignore[assignment]
-
-
-class SampleSettings(_Group):
-    """How many samples of each split are used. None means all of them.
-
-    Attributes:
-        train: fine-tuning.
-        validation: what the search looks at: trials, redundancy.
-        selection: what decides between the trials that the search found good, and which finalist is exported; the part
-            of the task's validation split behind the search's own, which is divided where it is too small for both.
-        test: held out: reported, never used for a choice.
-        calibration: of the training samples, for closed-form starts.
-    """
-
-    train: int | None = Field(default=4000, ge=1)
-    validation: int | None = Field(default=400, ge=1)
-    selection: int | None = Field(default=400, ge=1)
-    test: int | None = Field(default=1000, ge=1)
-    calibration: int = Field(default=512, ge=1)
-
-
-class CacheSettings(_Group):
-    """What a search may keep instead of computing it again, in bytes; 0 keeps nothing.
-
-    Attributes:
-        features: image features, where no student changes the vision side; in the memory of every worker process.
-        prefixes: residual streams behind layers that recur, where samples are scored; in the same place.
-        adapters: of trials, which the race before the finals goes on with; on disk, in the output folder.
-    """
-
-    features: int = Field(default=2**30, ge=0)
-    prefixes: int = Field(default=2**30, ge=0)
-    adapters: int = Field(default=2**31, ge=0)
-
-
-class SupernetSettings(_Group):
-    """Joint training of all PIAs under changing skip sets, with the EAS bandit watching.
-
-    Attributes:
-        training: steps and rates of the joint training.
-        draws: the skip set of each forward pass: `bandit` (of any size, at random in the warm-up and by the bandit's
-            policy behind it, as published), `random` (of any size), or `sandwich` (a third of each step's samples with
-            nothing skipped, a third with all, a third at random).
-        nested: whether each forward pass uses a random one of the ranks to choose from, so that every slice is
-            trained; else always the largest.
-        refit: calibration samples with which the PIAs of a student are fitted again, site after site, when the
-            supernet is not trained (0 steps); 0: they stay as they were fitted on the intact model.
-        bandit: rules of the bandit: `lavin`, `meter`, `llava`, or a mapping, see `BanditConfig`.
-        bandit_updates: updates of the redundancy scores, spread evenly over the training behind the warm-up; None: one
-            every `bandit.every` steps, as published.
-        bandit_batch: validation samples on which the candidates of an update, and the one-shot metrics, are scored.
-    """
-
-    training: FineTuneConfig = FineTuneConfig(steps=80, learning_rate=2e-3)
-    draws: Literal["bandit", "random", "sandwich"] = "bandit"
-    nested: bool = False
-    refit: int = Field(default=0, ge=0)
-    bandit: BanditConfig = VARIANTS["lavin"]
-    bandit_updates: int | None = Field(default=40, ge=1)
-    bandit_batch: int = Field(default=64, ge=1)
-
-    @field_validator("bandit", mode="before")
-    @classmethod
-    def _variant(cls, value: Any) -> Any:
-        if isinstance(value, str) and value not in VARIANTS:
-            raise ValueError(f"{value!r} is unknown; expected one of {', '.join(VARIANTS)}, or a mapping")
-        return VARIANTS[value] if isinstance(value, str) else value
 
 
 class SearchSettings(LoadSettings):
@@ -263,23 +155,7 @@ class SearchSettings(LoadSettings):
         Raises:
             ConfigError: the file cannot be read, is not a YAML mapping, or holds an unusable value.
         """
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not a text file"
-            raise ConfigError(f"study file {str(path)!r} cannot be read ({reason}); check the path") from error
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-            problem = getattr(error, "problem", None) or "not YAML"
-            raise ConfigError(
-                f"study file {str(path)!r} is malformed{where}: {problem}; expected YAML like 'budget: 50'"
-            ) from error
-        if content is not None and not isinstance(content, dict):
-            raise ConfigError(
-                f"study file {str(path)!r} holds a {type(content).__name__}; expected 'name: value' lines"
-            )
-        values = {str(key): value for key, value in (content or {}).items()}
+        values = read_study_file(path)
         for name, given in overrides.items():
             both = isinstance(given, dict) and isinstance(values.get(name), dict)
             values[name] = {**values[name], **given} if both else given

@@ -23,7 +23,8 @@ from eas_search.models.options import LoadOptions
 from eas_search.proof import refuse_unsound
 from eas_search.reuse import Caches, attach_caches
 from eas_search.search_space import SearchSpace
-from eas_search.settings import SearchSettings, SpaceSettings
+from eas_search.setting_groups import SpaceSettings
+from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import apply_skips
 from eas_search.tasks import Task, get_task

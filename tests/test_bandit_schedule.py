@@ -11,7 +11,8 @@ from torch import nn
 from eas_search import joint_training
 from eas_search.bandit import VARIANTS, BanditConfig
 from eas_search.exceptions import ConfigError
-from eas_search.settings import SearchSettings, SupernetSettings
+from eas_search.setting_groups import SupernetSettings
+from eas_search.settings import SearchSettings
 from eas_search.training import FineTuneConfig
 
 

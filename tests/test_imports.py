@@ -27,6 +27,7 @@ LAYERS = [
     "search_space | supernet | site_survey",
     "twin_proof",
     "settings | warm_start | merging | proof | rungs | cost_book | kept_adapters",
+    "setting_groups",
     "skipping | training | latency | measures | ffn_folding | costs | front_statistics | expected_front",
     "blocks | folding | tasks | reuse",
     "stand_ins | feature_cache | prefix_sharing",
@@ -38,7 +39,7 @@ LAYERS = [
     "pooling | masks",
     "skip_config | head | dispatch | bandit | fingerprints",
     "__init__",
-    "auto_classes | plugins | stage_folder",
+    "auto_classes | plugins | stage_folder | study_file",
     "exceptions | import_hook | names | copying",
 ]
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split(" | ")}

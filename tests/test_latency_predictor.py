@@ -27,7 +27,8 @@ from eas_search.exceptions import EasSearchError
 from eas_search.latency.predictor import LatencyPredictor, fit_predictor, site_classes, terms_of
 from eas_search.prediction import measured_configs
 from eas_search.search_space import SearchSpace
-from eas_search.settings import SearchSettings, SpaceSettings
+from eas_search.setting_groups import SpaceSettings
+from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
 from eas_search.stage_folder import StageFolder
 

@@ -10,7 +10,7 @@ import pytest
 
 from eas_search.racing import Candidates, furthest, race, round_ends, shrink, winners
 from eas_search.search_space import SearchSpace
-from eas_search.settings import SpaceSettings
+from eas_search.setting_groups import SpaceSettings
 from eas_search.skip_config import SkipConfig
 from eas_search.tasks.splits import divided
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from eas_search.racing import Candidates, race, round_ends, shrink, winners
 from eas_search.report.front import hypervolume, non_dominated
 from eas_search.search_space import SearchSpace
-from eas_search.settings import SpaceSettings
+from eas_search.setting_groups import SpaceSettings
 from eas_search.skip_config import SkipConfig
 
 

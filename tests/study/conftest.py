@@ -23,7 +23,8 @@ import eas_search
 from eas_search.models.demo import demo_path
 from eas_search.objective import TrialResult
 from eas_search.search_space import SearchSpace
-from eas_search.settings import SearchSettings, SpaceSettings
+from eas_search.setting_groups import SpaceSettings
+from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
 from eas_search.study.progress import PlainDisplay
 

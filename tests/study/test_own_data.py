@@ -17,7 +17,8 @@ from tiny_vision import draw_talks, save_idefics3
 
 import eas_search
 from eas_search.exceptions import ConfigError
-from eas_search.settings import SearchSettings, SpaceSettings
+from eas_search.setting_groups import SpaceSettings
+from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
 from eas_search.study.afterwards import evaluate_export
 from eas_search.study.outputs import read_json

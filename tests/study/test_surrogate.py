@@ -15,7 +15,7 @@ from eas_search.samplers.front import MOST_TRIALS
 from eas_search.samplers.improvement import Front
 from eas_search.samplers.surrogate import GRID, Encoder, Surrogate, Variances, likeliest, logit, sigmoid
 from eas_search.search_space import SearchSpace
-from eas_search.settings import SpaceSettings
+from eas_search.setting_groups import SpaceSettings
 from eas_search.skip_config import SkipConfig
 
 PRIOR = Variances(sites=1.0, pairs=0.1, rest=0.3, noise=1 / 400)
