@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from torch import nn
 
-from eas_search.latency import measure_latency
+from eas_search.latency import PhaseLatency, measure_latency
 from eas_search.latency.predictor import (
     LatencyPredictor,
     Row,
@@ -76,11 +77,13 @@ def predictor_stage(bench: Workbench, folder: StageFolder) -> LatencyPredictor:
         begin = time.perf_counter()
         classes = bench.site_classes
         configs, latency = measured_configs(bench.space, classes), bench.settings.fit_latency
-        rows, ratios = list[Row](), list[float]()
-        for ratios_of_pass in islice(_passes(bench, configs), bench.settings.fit_passes):
+        rows, ratios, errors = list[Row](), list[float](), list[float]()
+        for phases in islice(_passes(bench, configs), bench.settings.fit_passes):
             rows += [terms_of(config, classes) for config in configs]
-            ratios += ratios_of_pass
-            fitted = fit_predictor(rows, ratios, latency.confidence, latency.process_sd)
+            ratios += [phase.ratio.estimate for phase in phases]
+            errors += [phase.error for phase in phases]
+            noise = float(np.sqrt(np.mean(np.square(errors))))
+            fitted = fit_predictor(rows, ratios, latency.confidence, latency.process_sd, noise)
             if fitted.standard_error <= PRECISE:
                 break
         content = {
@@ -93,8 +96,8 @@ def predictor_stage(bench: Workbench, folder: StageFolder) -> LatencyPredictor:
     return bench.predictor
 
 
-def _passes(bench: Workbench, configs: Sequence[SkipConfig]) -> Iterator[list[float]]:
-    """Prefill time over the original model's, of every configuration merged, pass after pass.
+def _passes(bench: Workbench, configs: Sequence[SkipConfig]) -> Iterator[list[PhaseLatency]]:
+    """Prefill time beside the original model's, of every configuration merged, pass after pass.
 
     Untrained, which changes no shape.
     """
@@ -102,18 +105,18 @@ def _passes(bench: Workbench, configs: Sequence[SkipConfig]) -> Iterator[list[fl
     if size * (1 + len(configs)) < TOGETHER_BYTES:
         models = [merge(bench.student(config)).eval() for config in configs]
         while True:
-            yield _ratios(bench, models)
+            yield _prefills(bench, models)
     while True:
-        yield [_ratios(bench, [merge(bench.student(config)).eval()])[0] for config in configs]
+        yield [_prefills(bench, [merge(bench.student(config)).eval()])[0] for config in configs]
 
 
-def _ratios(bench: Workbench, models: Sequence[nn.Module]) -> list[float]:
-    """Prefill time over the original model's, side by side."""
+def _prefills(bench: Workbench, models: Sequence[nn.Module]) -> list[PhaseLatency]:
+    """Prefill time beside the original model's, side by side."""
     named = {str(position): model for position, model in enumerate(models)}
     with bench.quiet.exclusive():
         config = bench.settings.fit_latency
         report = measure_latency(named, bench.latency_inputs(), baseline=bench.model, config=config)
-    return [report[name].prefill.ratio.estimate for name in named]
+    return [report[name].prefill for name in named]
 
 
 def finalists_errors(bench: Workbench, front: pd.DataFrame) -> dict[int, float]:

@@ -24,7 +24,7 @@ from transformers import (
 from eas_search import prediction
 from eas_search.architectures import attention_sites
 from eas_search.exceptions import EasSearchError
-from eas_search.latency.predictor import LatencyPredictor, fit_predictor, site_classes, terms_of
+from eas_search.latency.predictor import SMALL, LatencyPredictor, fit_predictor, site_classes, terms_of
 from eas_search.prediction import measured_configs
 from eas_search.search_space import SearchSpace
 from eas_search.setting_groups import SpaceSettings
@@ -139,6 +139,24 @@ def test_noise_is_not_taken_for_differences_between_forms() -> None:
     assert np.mean(ours) < 0.85 * np.mean(plain)
 
 
+def test_noise_that_fits_by_chance_is_not_believed() -> None:
+    """Measured as if `ffn` were a quarter faster; the timings' own scatter of 10 % says how little that is.
+
+    The residuals, nearly 0, would have it believed. By Bayes' rule, with the sum of both forms as good as known, the
+    difference shrinks by prior variance / (prior variance + that of the measured difference).
+    """
+    rows = [{"base": 1.0}] * 3
+    rows += [{"base": 1.0, "a, parallel": 4.0}] * 2 + [{"base": 1.0, "a, ffn": 4.0}] * 2
+    ratios = [1.0, 1.001, 0.999, 0.8, 0.8008, 0.6, 0.6006]
+    asked = [{"base": 1.0, "a, ffn": 4.0}, {"base": 1.0, "a, parallel": 4.0}]
+    credulous, doubtful = (fit_predictor(rows, ratios, noise=noise) for noise in (0.0, 0.1))
+    gaps = [one.predict(asked[1])[0] - one.predict(asked[0])[0] for one in (credulous, doubtful)]
+    assert gaps[0] == pytest.approx(0.2, abs=0.002)
+    measured = 0.1**2 / 2 * (0.8**2 + 0.6**2)  # two timings of each, errors in proportion to what they measure
+    assert gaps[1] == pytest.approx(0.2 * SMALL**2 / (SMALL**2 + measured), rel=0.15)
+    assert doubtful.standard_error > 10 * credulous.standard_error
+
+
 def test_the_reported_error_is_that_of_fits_that_did_not_see_the_point() -> None:
     rows = [{"base": 1.0, "a, ffn": float(count)} for count in (0, 2, 5, 5, 9, 12)]
     ratios = [1.0, 0.93, 0.83, 0.86, 0.69, 0.61]
@@ -203,10 +221,11 @@ def test_a_noisy_machine_is_measured_again(
     bench: Any = SimpleNamespace(site_classes=classes, space=space, settings=settings, predictor=None)
     rng, calls = np.random.default_rng(0), list[int]()
 
-    def passes_of(_: Any, configs: list[SkipConfig]) -> Iterator[list[float]]:
+    def passes_of(_: Any, configs: list[SkipConfig]) -> Iterator[list[Any]]:
         while True:
             calls.append(len(configs))
-            yield [made_up(config) * float(np.exp(rng.normal(0, noise))) for config in configs]
+            ratios = [made_up(config) * float(np.exp(rng.normal(0, noise))) for config in configs]
+            yield [SimpleNamespace(ratio=SimpleNamespace(estimate=ratio), error=noise) for ratio in ratios]
 
     monkeypatch.setattr(prediction, "_passes", passes_of)
     fitted = prediction.predictor_stage(bench, StageFolder(tmp_path))

@@ -86,7 +86,8 @@ class LatencyPredictor:
         coefficients: of the terms that were told apart.
         known: all terms that occurred among the measured configurations.
         spread: covariance of the coefficients for a residual variance of 1, in the order of `coefficients`.
-        residual_sd: standard deviation of the relative residuals, without the prior's pull.
+        residual_sd: standard deviation of the relative residuals, without the prior's pull; that of the timings where
+            it is larger.
         freedom: degrees of freedom behind it.
         errors: predicted / measured - 1 of every measured configuration, from a fit to all the others.
         confidence: of the intervals.
@@ -154,12 +155,17 @@ class LatencyPredictor:
 
 
 def fit_predictor(
-    rows: Sequence[Row], ratios: Sequence[float], confidence: float = 0.95, process_sd: float | None = 0.0
+    rows: Sequence[Row],
+    ratios: Sequence[float],
+    confidence: float = 0.95,
+    process_sd: float | None = 0.0,
+    noise: float = 0.0,
 ) -> LatencyPredictor:
     """Least squares of the relative errors, because timings scatter in proportion to what they measure.
 
     The prior adds a row for each small difference, as in ridge regression, with the weight σ / `SMALL`, where σ is the
-    noise's standard deviation, as the residuals tell without it.
+    noise's standard deviation, as the residuals tell without it, or the timings themselves: the residuals of few
+    measurements may be small by chance.
 
     Args:
         rows: measured configurations, from `terms_of`.
@@ -167,6 +173,7 @@ def fit_predictor(
         confidence: of the predictor's intervals.
         process_sd: standard deviation of the log ratio between processes, as in `LatencyConfig`; None judges it from
             the residuals.
+        noise: standard deviation of the relative error of a measured ratio, by the scatter of its own timings.
 
     Raises:
         ValueError: no more rows than independent terms, so that nothing would say how good the fit is.
@@ -187,7 +194,7 @@ def fit_predictor(
         return np.asarray(np.linalg.lstsq(system, wanted, rcond=None)[0])
 
     residuals = relative @ solve(every) - 1
-    residual_sd = float(np.sqrt(residuals @ residuals / freedom))
+    residual_sd = max(noise, float(np.sqrt(residuals @ residuals / freedom)))
     found = solve(every)
     errors = tuple(float(relative[i] @ solve(np.delete(every, i)) - 1) for i in every)
     inverse = np.linalg.inv(relative.T @ relative + (residual_sd / SMALL) ** 2 * prior.T @ prior)

@@ -116,6 +116,11 @@ def run_interval(log_ratios: FloatArray, confidence: float) -> tuple[float, floa
     return centre - half, centre + half
 
 
+def run_error(log_ratios: FloatArray) -> float:
+    """Standard error of the log ratio as far as this run can tell: the s of `run_interval`."""
+    return _yuen(log_ratios)[1]
+
+
 def _yuen(log_ratios: FloatArray) -> tuple[float, float, int]:
     """`log_estimate`, its standard error s, and how many rounds are left after trimming."""
     rounds = log_ratios.shape[0]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from eas_search.exceptions import ConfigError
-from eas_search.latency.statistics import log_estimate, paired_log_ratios, repeat_interval, run_interval
+from eas_search.latency.statistics import log_estimate, paired_log_ratios, repeat_interval, run_error, run_interval
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,11 @@ class PhaseLatency:
     timing: Timing
     baseline: Timing
     ratio: Ratio
+
+    @property
+    def error(self) -> float:
+        """Standard error of the log ratio, see `statistics.run_error`."""
+        return run_error(paired_log_ratios(self.timing.samples, self.baseline.samples))
 
     def to_dict(self) -> dict[str, Any]:
         """Both timings and the ratio, for JSON."""
