@@ -9,6 +9,8 @@ adapters, and "deletion, own supernet" from light adapters that were trained joi
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,20 @@ def run_seed(config: dict[str, Any], seed: int) -> dict[str, Any]:
     return row
 
 
+def kept_row(config: dict[str, Any], seed: int) -> dict[str, Any]:
+    """`run_seed`, or what an earlier, interrupted run with this configuration has kept of the seed."""
+    same = json.dumps({name: value for name, value in config.items() if name not in ("seeds", "quick")}, sort_keys=True)
+    file = HERE / "work" / f"{hashlib.sha256(same.encode()).hexdigest()[:12]}-{seed}.json"
+    if not file.exists():
+        row = run_seed(config, seed)
+        file.parent.mkdir(exist_ok=True)
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(row), encoding="utf-8")
+        temporary.rename(file)
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
 def bare(students: list[SkipConfig]) -> list[SkipConfig]:
     """The same skip sets with nothing in the attentions' place."""
     return [student.model_copy(update={"pia_dim": 0}) for student in students]
@@ -95,7 +111,7 @@ def main() -> None:
     options = parser.parse_args()
     quick = options.quick
     config |= config["quick"] if quick else {}
-    rows = Parallel(n_jobs=options.jobs)(delayed(run_seed)(config, seed) for seed in config["seeds"])
+    rows = Parallel(n_jobs=options.jobs)(delayed(kept_row)(config, seed) for seed in config["seeds"])
     found = ratios(config, rows)
     table = Table(title="Held-out accuracy with PIAs / with nothing in the attentions' place")
     for name in ("steps", "skipped", "without: which", "PIA", "without", "ratio", "95 % interval"):
