@@ -28,7 +28,7 @@ from eas_search.stage_folder import StageFolder
 from eas_search.workbench import Workbench
 
 TOGETHER_BYTES = 2**30  # models that hold more in all are timed one after the other, each against the original
-PRECISE = 0.02  # standard error of predictions at which no further pass is measured
+PRECISE = 0.03  # standard error of predictions at which no further pass is measured
 SPARE = 3  # measured configurations beyond the number of terms, which say how good the fit is
 
 
