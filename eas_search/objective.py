@@ -21,7 +21,7 @@ from torch import nn
 from eas_search.latency import measure_latency
 from eas_search.merging import merge
 from eas_search.names import Objective
-from eas_search.rungs import Rival, rung_ends, score_in_rungs
+from eas_search.rungs import Cost, Rival, kept_attentions, rung_ends, score_in_rungs, with_latency
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import load_adapters
 from eas_search.supernet import Supernet
@@ -119,6 +119,14 @@ def trial_latency(bench: Workbench, merged: Callable[[], nn.Module], config: Ski
         )
     ratio = report.prefill.ratio
     return ratio.estimate, ratio.low, ratio.high
+
+
+def foretold_cost(bench: Workbench) -> Cost:
+    """What is known of a configuration's costs before its trial: attentions kept, and latency where it is predicted."""
+    cost = kept_attentions(bench.sites)
+    if bench.settings.latency == "measured":
+        return cost
+    return with_latency(cost, lambda config: bench.predicted_latency(config)[0])
 
 
 def evaluate(

@@ -25,6 +25,7 @@ from eas_search.architectures import AttentionSite
 from eas_search.front_statistics import CONFIDENCE, paired_difference
 from eas_search.skip_config import SkipConfig
 
+RESOLUTION = 0.02  # of a latency ratio: as much as a trial that measures it is off (studies/bench_predictor)
 FEWEST = 50  # samples of a rung: fewer save little and show little
 Cost = Callable[[SkipConfig], tuple[float, ...]]
 
@@ -119,7 +120,7 @@ def strongest_rival(known: Iterable[tuple[SkipConfig, Result]], config: SkipConf
 def kept_attentions(sites: Sequence[AttentionSite]) -> Cost:
     """Cost as the numbers of attentions kept, by tower, kind and width: latency and KV cache follow it.
 
-    Ranks and placements count as nothing: merged they change latency by less than the timing of a trial resolves.
+    Ranks and placements count as nothing: what they cost is only known where latency is predicted, see `with_latency`.
     """
     groups = {site.index: (site.tower, site.kind, site.width) for site in sites}
     order = sorted(set(groups.values()))
@@ -130,6 +131,11 @@ def kept_attentions(sites: Sequence[AttentionSite]) -> Cost:
         return tuple(float(kept[group]) for group in order)
 
     return lambda config: cost(config.skip)
+
+
+def with_latency(cost: Cost, latency: Callable[[SkipConfig], float]) -> Cost:
+    """Costs and a predicted latency, in steps of `RESOLUTION`: in a narrow model a placement has its price."""
+    return cache(lambda config: (*cost(config), float(round(latency(config) / RESOLUTION))))
 
 
 def pack(scores: ArrayLike) -> str:

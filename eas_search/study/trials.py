@@ -9,8 +9,8 @@ from pathlib import Path
 from optuna.study import Study
 
 from eas_search.names import Objective
-from eas_search.objective import TrialResult, evaluate
-from eas_search.rungs import Rival, kept_attentions, strongest_rival
+from eas_search.objective import TrialResult, evaluate, foretold_cost
+from eas_search.rungs import Rival, strongest_rival
 from eas_search.samplers import make_sampler, ranking_prefixes
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
@@ -22,7 +22,7 @@ from eas_search.study.workers import Workers
 from eas_search.supernet import Supernet
 from eas_search.workbench import Workbench
 
-# What `kept_attentions` foretells; with other objectives a trial that has lost in these may still win.
+# What `foretold_cost` tells; with other objectives a trial that has lost in these may still win.
 FORETOLD: frozenset[Objective] = frozenset({"accuracy", "latency", "kv_bytes"})
 
 
@@ -99,7 +99,7 @@ class Trials:
         """Whom a configuration has to beat, by what is known when it is asked for."""
         if not self.settings.rungs or not FORETOLD.issuperset(self.settings.objectives):
             return lambda config: None
-        cost = kept_attentions(self.bench.sites)
+        cost = foretold_cost(self.bench)
         return lambda config: strongest_rival(loop.known.items(), config, cost)
 
     def _queue_prefixes(self) -> int:

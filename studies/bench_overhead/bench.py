@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from eas_search.names import SAMPLERS
-from eas_search.objective import TrialResult
+from eas_search.objective import TrialResult, foretold_cost
 from eas_search.prediction import predictor_stage
-from eas_search.rungs import kept_attentions, pack, strongest_rival
+from eas_search.rungs import pack, strongest_rival
 from eas_search.samplers import make_sampler
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
@@ -127,7 +127,7 @@ def at_many_trials(bench: Workbench, history: int, measured: int, seed: int) -> 
             return params
 
         sampler.sample_relative = timed  # type: ignore[method-assign]
-        tally, cost, shown = Tally(settings.budget, len(sites)), kept_attentions(bench.sites), display()
+        tally, cost, shown = Tally(settings.budget, len(sites)), foretold_cost(bench), display()
 
         def told(number: int, config: SkipConfig, result: TrialResult) -> None:
             tally.add(result)

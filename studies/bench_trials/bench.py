@@ -22,9 +22,9 @@ from rich.table import Table
 from eas_search.latency import measure_latency
 from eas_search.measures import kv_bytes_per_token, parameter_count, prefill_flops
 from eas_search.merging import merge
-from eas_search.objective import TrialResult, evaluate, trial_seed
+from eas_search.objective import TrialResult, evaluate, foretold_cost, trial_seed
 from eas_search.prediction import predictor_stage
-from eas_search.rungs import kept_attentions, strongest_rival, unpack
+from eas_search.rungs import strongest_rival, unpack
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import apply_skips
@@ -119,7 +119,7 @@ def compare(settings: SearchSettings, config: dict[str, Any], folder: Path) -> d
     enough, from_scratch = steps, {}
     if steps:
         enough, from_scratch = equal_steps(plain, configs[: config["probed"]], config["from_scratch_steps"])
-    cost, known = kept_attentions(every.bench.sites), {}
+    cost, known = foretold_cost(every.bench), {}
 
     def searched(place: Place, trial: SkipConfig, rungs: bool = False) -> TrialResult:
         rival = strongest_rival(known.items(), trial, cost) if rungs else None

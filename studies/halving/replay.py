@@ -17,10 +17,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from eas_search.objective import TrialResult
+from eas_search.objective import TrialResult, foretold_cost
 from eas_search.prediction import predictor_stage
 from eas_search.report.front import hypervolume, non_dominated
-from eas_search.rungs import kept_attentions, rung_ends, score_in_rungs, strongest_rival, unpack
+from eas_search.rungs import rung_ends, score_in_rungs, strongest_rival, unpack
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
 from eas_search.stage_folder import StageFolder
@@ -53,7 +53,7 @@ def whole_trials(settings: SearchSettings) -> tuple[list[Trial], Workbench]:
 
 def replayed(trials: Sequence[Trial], bench: Workbench, fractions: Sequence[float]) -> dict[str, Any]:
     """What these rungs would have stopped, told to nobody: figures of one study."""
-    cost, known = kept_attentions(bench.sites), dict[SkipConfig, TrialResult]()
+    cost, known = foretold_cost(bench), dict[SkipConfig, TrialResult]()
     for config, result in trials:
         whole = unpack(result.scores)
         ends = rung_ends(len(whole), fractions)
