@@ -93,10 +93,10 @@ def ratios(config: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str,
     for steps in (key for key in rows[0] if key.isdigit()):
         for position, size in enumerate(config["skipped"]):
             for peer in (name for name in rows[0][steps] if name != "pia"):
-                pairs = np.array([[row[steps][name] for name in ("pia", peer)] for row in rows]).swapaxes(1, 2)
-                own = pairs[:, position :: len(config["skipped"])]  # [seeds, sets, 2]
-                ratio, low, high = interval(own, lambda drawn: drawn[..., 0].mean() / drawn[..., 1].mean())
-                means = dict(zip(("pia", "without"), own.mean(axis=(0, 1)).tolist(), strict=True))
+                mine = slice(position, None, len(config["skipped"]))
+                own = np.array([[np.mean(row[steps][name][mine]) for name in ("pia", peer)] for row in rows])
+                ratio, low, high = interval(own, lambda drawn: drawn[:, 0].mean() / drawn[:, 1].mean())
+                means = dict(zip(("pia", "without"), own.mean(axis=0).tolist(), strict=True))
                 found.append({"steps": int(steps), "skipped": size, "peer": peer, **means, "ratio": ratio})
                 found[-1] |= {"low": low, "high": high}
     return found
@@ -108,12 +108,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two seeds, two sets of each size, nothing recorded")
     config = load_config(HERE)
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
+    parser.add_argument("--add", type=Path, nargs="*", default=[], help="earlier results whose seeds count, too")
     options = parser.parse_args()
     quick = options.quick
     config |= config["quick"] if quick else {}
     rows = Parallel(n_jobs=options.jobs)(delayed(kept_row)(config, seed) for seed in config["seeds"])
+    rows = [row for file in options.add for row in json.loads(file.read_text(encoding="utf-8"))["rows"]] + rows
+    seeds = [row["seed"] for row in rows]
+    assert len(set(seeds)) == len(seeds), f"seeds {sorted(seeds)}: one counts twice"
     found = ratios(config, rows)
-    table = Table(title="Held-out accuracy with PIAs / with nothing in the attentions' place")
+    table = Table(title=f"Held-out accuracy with PIAs / with nothing in the attentions' place, {len(rows)} seeds")
     for name in ("steps", "skipped", "without: which", "PIA", "without", "ratio", "95 % interval"):
         table.add_column(name)
     for line in found:
