@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -235,17 +236,20 @@ def test_same_seed_same_proposals_and_accuracies(
 
 @dataclass
 class Saboteur:
-    """A display that kills one worker process when the second trial has finished."""
+    """A display that kills a worker process after a trial, from the second on, until that has cost one under way."""
 
+    study: optuna.Study
     killed: list[int] = field(default_factory=list)
 
     def trial(self, news: TrialNews) -> None:
-        if news.done < 2 or self.killed:  # a killed process has no command line to look at
+        if news.done < 2 or any(trial.state.name == "FAIL" for trial in self.study.trials):
             return
-        workers = [child for child in psutil.Process().children() if "popen_loky" in " ".join(child.cmdline())]
-        if workers:
-            workers[0].kill()
-            self.killed.append(workers[0].pid)
+        for child in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):  # one killed before may be a zombie by now
+                if child.pid not in self.killed and "popen_loky" in " ".join(child.cmdline()):
+                    child.kill()
+                    self.killed.append(child.pid)
+                    return
 
     def stage(self, *_: Any) -> None: ...
 
@@ -255,8 +259,9 @@ class Saboteur:
 @pytest.fixture(scope="module")
 def parallel(make_settings: Callable[..., SearchSettings], tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A search with two workers, one of which is killed on the way."""
-    folder, settings, display = tmp_path_factory.mktemp("parallel"), make_settings(jobs=2, budget=7), Saboteur()
+    folder, settings = tmp_path_factory.mktemp("parallel"), make_settings(jobs=2, budget=7)
     study, kept = eas_search.create_study(settings, folder, "parallel"), list[bool]()
+    display = Saboteur(study)
 
     def spied(bench: Any, supernet: Any, stages: StageFolder, number: int, config: SkipConfig) -> Finalist:
         kept.append(stages.read(finalist_name(config)) is not None)
@@ -273,7 +278,7 @@ def test_a_killed_worker_costs_no_trial_of_the_budget(parallel: SimpleNamespace)
     states = [trial.state.name for trial in parallel.study.trials]
     assert states.count("COMPLETE") == 7
     assert states.count("RUNNING") == states.count("WAITING") == 0
-    assert 1 <= states.count("FAIL") <= 2
+    assert 1 <= states.count("FAIL") <= 3  # what both were at, and what one was given before the kill was noticed
     params = [trial.params for trial in parallel.study.trials if trial.state.name == "COMPLETE"]
     assert all(trial.params in params for trial in parallel.study.trials)
 
