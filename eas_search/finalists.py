@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from eas_search.latency import Latency, measure_latency
 from eas_search.measures import accuracy_interval, kv_bytes_per_token, parameter_count, prefill_flops
 from eas_search.merging import merge
-from eas_search.objective import make_student
+from eas_search.objective import kept_student, make_student
 from eas_search.skip_config import SkipConfig
-from eas_search.skipping import adapter_parameters, load_adapters
+from eas_search.skipping import adapter_parameters
 from eas_search.stage_folder import StageFolder
 from eas_search.supernet import Supernet
 from eas_search.training import sample_scores
@@ -75,9 +75,7 @@ def prepare_finalist(
     else:
         content, adapters = kept
         scores = adapters.pop(SCORES)
-        student = bench.student(config)
-        load_adapters(student, adapters)
-        student.eval()
+        student = kept_student(bench, config, adapters)
     merged = merge(student).eval()
     return Finalist(number=number, config=config, scores=scores, student=student, merged=merged, **content)
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eas_search.latency import measure_latency
 from eas_search.merging import merge
@@ -98,9 +98,18 @@ def trial_student(bench: Workbench, supernet: Supernet, config: SkipConfig) -> t
     kept = bench.kept.read(config)
     if kept is None:
         return make_student(bench, supernet, config, bench.settings.trial), True
+    return kept_student(bench, config, kept), False
+
+
+def kept_student(bench: Workbench, config: SkipConfig, adapters: Mapping[str, Tensor]) -> nn.Module:
+    """The student of a configuration with adapters that were trained earlier.
+
+    Raises:
+        ConfigError: the adapters belong to another configuration.
+    """
     student = bench.student(config)
-    load_adapters(student, kept)
-    return student.eval(), False
+    load_adapters(student, adapters)
+    return student.eval()
 
 
 def mean_redundancy(bench: Workbench, scores: Sequence[float], config: SkipConfig) -> float:

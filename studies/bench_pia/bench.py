@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from rich.table import Table
 from eas_search.joint_training import train_jointly
 from eas_search.objective import make_student
 from eas_search.skip_config import SkipConfig
+from eas_search.stage_folder import StageFolder
 from eas_search.supernet import Supernet
 from eas_search.training import FineTuneConfig, sample_scores
 from eas_search.workbench import Workbench
@@ -33,7 +35,7 @@ sys.path.insert(0, str(HERE.parent))
 from record import load_config, write_result  # noqa: E402
 from supernets import interval, settings_of, skip_configs, supernet_from, warm_start  # noqa: E402
 
-OWN = "own supernet"
+OWN, WORK = "own supernet", HERE / "work"
 
 
 def run_seed(config: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -65,15 +67,13 @@ def run_seed(config: dict[str, Any], seed: int) -> dict[str, Any]:
 def kept_row(config: dict[str, Any], seed: int) -> dict[str, Any]:
     """`run_seed`, or what an earlier, interrupted run with this configuration has kept of the seed."""
     same = json.dumps({name: value for name, value in config.items() if name not in ("seeds", "quick")}, sort_keys=True)
-    file = HERE / "work" / f"{hashlib.sha256(same.encode()).hexdigest()[:12]}-{seed}.json"
-    if not file.exists():
-        row = run_seed(config, seed)
-        file.parent.mkdir(exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(row), encoding="utf-8")
-        temporary.rename(file)
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
+    work, name = StageFolder(WORK), f"{hashlib.sha256(same.encode()).hexdigest()[:12]}-{seed}"
+    kept = work.read(name)
+    if kept is None:
+        work.write(name, run_seed(config, seed), {})
+        kept = work.read(name)
+        assert kept is not None
+    return kept[0]
 
 
 def bare(students: list[SkipConfig]) -> list[SkipConfig]:
@@ -128,6 +128,7 @@ def main() -> None:
     if not quick:
         hardware = Workbench.open(settings_of(config, config["seeds"][0])).hardware
         print("wrote", write_result(HERE, "bench", {"config": config, "ratios": found, "rows": rows}, hardware))
+    shutil.rmtree(WORK)  # finished: another run is another measurement, perhaps of other code
 
 
 if __name__ == "__main__":
