@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
+from eas_search import conversion
 from eas_search.cli import app
 from eas_search.conversion import MeterSource, convert_meter
-from eas_search.exceptions import ConfigError, StorageError, UnsupportedModelError
+from eas_search.exceptions import ConfigError, StorageError, UnsupportedModelError, VerificationError
 from eas_search.models.loading import load_model
 from eas_search.models.options import LoadOptions
 
@@ -84,6 +85,25 @@ def test_a_pretrained_model_ranks_as_it_matches(official: State, tokenizer: Path
         pooled(official, ids, mask, pixels) @ official["itm_score.fc.weight"][1:].T + official["itm_score.fc.bias"][1]
     )
     torch.testing.assert_close(model(ids, pixels, mask).logits, match, atol=1e-4, rtol=0.0)
+
+
+@pytest.mark.parametrize(("factor", "match"), [(1 + 1e-6, "is not what was converted"), (1.0, "differs .* by")])
+def test_a_folder_that_answers_otherwise_is_refused(
+    official: State, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, match: str
+) -> None:
+    load = conversion.load_model
+
+    def altered(*arguments: Any) -> Any:
+        model, processor = load(*arguments)
+        bias = model.rank_output.bias
+        bias.data *= factor
+        if factor == 1.0:  # right weights, wrong use of them
+            model.rank_output.register_forward_hook(lambda module, inputs, output: output + 0.01)
+        return model, processor
+
+    monkeypatch.setattr(conversion, "load_model", altered)
+    with pytest.raises(VerificationError, match=match):
+        convert_meter(MeterSource(written(official, tmp_path), "retrieval", None, str(tokenizer)), tmp_path / "new")
 
 
 def test_two_images_at_another_resolution(official: State, tokenizer: Path, tmp_path: Path) -> None:
