@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import optuna
 
 from eas_search.merging import merge
-from eas_search.objective import trial_latency, trial_seed
+from eas_search.objective import order_seed, trial_latency
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import apply_skips
 from eas_search.supernet import Supernet
@@ -26,7 +26,7 @@ def search(bench: Workbench, supernet: Supernet, configs: Sequence[SkipConfig]) 
         config = space.student.model_copy(update={"skip": skip, "pia_dim": rank, "placement": placement})
         student = apply_skips(bench.model, config)
         supernet.inherit(student)
-        seed = trial_seed(settings.seed, config)
+        seed = order_seed(settings.seed)
         fine_tune(student, bench.splits["train"], settings.trial, seed, teacher=supernet.intact_logits)
         accuracy = sample_scores(student.eval(), bench.splits["validation"]).double().mean().item()
         merged = merge(student).eval()

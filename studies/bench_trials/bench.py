@@ -22,7 +22,7 @@ from rich.table import Table
 from eas_search.latency import measure_latency
 from eas_search.measures import kv_bytes_per_token, parameter_count, prefill_flops
 from eas_search.merging import merge
-from eas_search.objective import TrialResult, evaluate, foretold_cost, trial_seed
+from eas_search.objective import TrialResult, evaluate, foretold_cost, order_seed
 from eas_search.prediction import predictor_stage
 from eas_search.rungs import strongest_rival, unpack
 from eas_search.settings import SearchSettings
@@ -53,7 +53,7 @@ class Place:
 
 def naive(bench: Workbench, config: SkipConfig, steps: int) -> float:
     """A trial as a first script would do it; returns the accuracy."""
-    settings, seed = bench.settings, trial_seed(bench.settings.seed, config)
+    settings, seed = bench.settings, order_seed(bench.settings.seed)
     with seeded(seed):
         student = apply_skips(copy.deepcopy(bench.model), config)
     fine_tune(student, bench.splits["train"], settings.trial.model_copy(update={"steps": steps}), seed)

@@ -1,0 +1,115 @@
+"""How much of a trial's accuracy is the luck of the samples it was trained on, and how much of it do all trials share?
+
+python studies/trial_noise/measure.py [--quick] [--output FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from scipy.stats import kendalltau
+
+from eas_search.joint_training import train_jointly
+from eas_search.objective import make_student
+from eas_search.stages import empty_supernet
+from eas_search.training import sample_scores
+from eas_search.workbench import Workbench
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from intervals import mean_interval  # noqa: E402
+from record import load_config, write_result  # noqa: E402
+from supernets import settings_of, skip_configs, start  # noqa: E402
+
+Array = NDArray[np.float64]
+
+
+def luck(accuracy: Array) -> dict[str, float]:
+    """Standard deviations of what the order of the training samples adds: two-way analysis of variance.
+
+    Args:
+        accuracy: [sets, orders].
+
+    Returns:
+        `alone`, of a set whose order is its own; `shared`, the part that an order adds to all sets; `left`, what is
+        left where all sets are trained in one order: what it adds to one set and not to others.
+    """
+    sets, orders = accuracy.shape
+    by_set, by_order = accuracy.mean(axis=1, keepdims=True), accuracy.mean(axis=0, keepdims=True)
+    rest = accuracy - by_set - by_order + accuracy.mean()
+    left = (rest**2).sum() / ((sets - 1) * (orders - 1))
+    shared = max(0.0, float(by_order.var(ddof=1)) - left / sets)
+    return {"alone": float(np.sqrt(shared + left)), "shared": float(np.sqrt(shared)), "left": float(np.sqrt(left))}
+
+
+def agreements(seen: Array, held_out: Array, rng: np.random.Generator, draws: int = 200) -> dict[str, list[float]]:
+    """Kendall's tau between trials' accuracies and the truth, for trials in one order and in orders of their own.
+
+    The truth of a set is its held-out accuracy, averaged over the orders in which its trial was not trained.
+
+    Args:
+        seen, held_out: [sets, orders], on the validation and the held-out samples.
+        rng: draws the orders of sets that have their own.
+        draws: how often they are drawn.
+    """
+    sets, orders = seen.shape
+    truth = (held_out.sum(axis=1, keepdims=True) - held_out) / (orders - 1)
+
+    def tau(chosen: NDArray[np.int64]) -> float:
+        rows = np.arange(sets)
+        return float(kendalltau(seen[rows, chosen], truth[rows, chosen]).statistic)
+
+    common = [tau(np.full(sets, order)) for order in range(orders)]
+    return {"common": common, "own": [tau(rng.integers(orders, size=sets)) for _ in range(draws)]}
+
+
+def measured(config: dict[str, Any], seed: int) -> tuple[list[list[int]], Array, Array, dict[str, Any]]:
+    """(skip sets, validation accuracies [sets, orders], held-out ones, hardware) of one supernet's students."""
+    bench = Workbench.open(settings_of(config, seed))
+    supernet = start(bench, empty_supernet(bench))
+    train_jointly(bench, supernet, lambda *_: None)
+    students = skip_configs(bench, config["skipped"], config["sets"])
+    found = np.zeros((2, len(students), config["orders"]))
+    for row, student in enumerate(track(students, f"seed {seed}", console=Console(stderr=True))):
+        for order in range(config["orders"]):
+            model = make_student(bench, supernet, student, bench.settings.trial, order)
+            for split, name in enumerate(("validation", "test")):
+                found[split, row, order] = sample_scores(model, bench.splits[name]).double().mean().item()
+    return [[int(index) for index in student.skip] for student in students], found[0], found[1], bench.hardware
+
+
+def main() -> None:
+    """Measure, print the table, write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="at most two minutes")
+    parser.add_argument("--output", type=Path, default=HERE, help="where results/ is")
+    arguments = parser.parse_args()
+    config = load_config(HERE)
+    quick = config.pop("quick")
+    config.update(quick if arguments.quick else {})
+    rng, rows = np.random.default_rng(0), []
+    for seed in config["seeds"]:
+        skips, seen, held_out, hardware = measured(config, seed)
+        row = {"seed": seed, "skips": skips, "validation": seen.tolist(), "held_out": held_out.tolist()}
+        rows.append(row | {"luck": luck(seen), "tau": agreements(seen, held_out, rng)})
+    table = Table("seed", "luck of the order, alone", "shared by all", "left", "tau, common order", "tau, own orders")
+    for row in rows:
+        points = (f"{100 * value:.2f} points" for value in row["luck"].values())
+        common, own = mean_interval(row["tau"]["common"], rng), float(np.mean(row["tau"]["own"]))
+        table.add_row(str(row["seed"]), *points, "{:.3f} ({:.3f} – {:.3f})".format(*common), f"{own:.3f}")
+    Console(width=130).print(table)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    content = {"seeds": config["seeds"], "quick": arguments.quick, "config": config, "rows": rows}
+    print("wrote", write_result(arguments.output, "quick" if arguments.quick else "full", content, hardware).name)
+
+
+if __name__ == "__main__":
+    main()
