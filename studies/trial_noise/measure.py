@@ -19,6 +19,7 @@ from scipy.stats import kendalltau
 
 from eas_search.joint_training import train_jointly
 from eas_search.objective import make_student
+from eas_search.skip_config import SkipConfig
 from eas_search.stages import empty_supernet
 from eas_search.training import sample_scores
 from eas_search.workbench import Workbench
@@ -50,6 +51,28 @@ def luck(accuracy: Array) -> dict[str, float]:
     return {"alone": float(np.sqrt(shared + left)), "shared": float(np.sqrt(shared)), "left": float(np.sqrt(left))}
 
 
+def luck_of_differences(accuracy: Array) -> dict[str, float]:
+    """Standard deviations of what orders add to the difference of two sets, from pairs of them.
+
+    Args:
+        accuracy: [2 pairs, orders]: one of every pair, then their partners.
+
+    Returns:
+        `alone`, where each of both has an order of its own; `shared`, where they have the same one.
+    """
+    one, other = np.split(accuracy, 2)
+    alone = one.var(axis=1, ddof=1) + other.var(axis=1, ddof=1)
+    return {"alone": float(np.sqrt(alone.mean())), "shared": float(np.sqrt((one - other).var(axis=1, ddof=1).mean()))}
+
+
+def neighbour(bench: Workbench, student: SkipConfig, rng: np.random.Generator) -> SkipConfig:
+    """The same with one site exchanged for another one that is not the first, as a search varies its front."""
+    skip = [int(index) for index in student.skip]
+    others = [site.index for site in bench.sites[1:] if site.index not in skip]
+    skip[int(rng.integers(len(skip)))] = int(rng.choice(others))
+    return student.model_copy(update={"skip": tuple(sorted(skip))})
+
+
 def agreements(seen: Array, held_out: Array, rng: np.random.Generator, draws: int = 200) -> dict[str, list[float]]:
     """Kendall's tau between trials' accuracies and the truth, for trials in one order and in orders of their own.
 
@@ -76,7 +99,8 @@ def measured(config: dict[str, Any], seed: int) -> tuple[list[list[int]], Array,
     bench = Workbench.open(settings_of(config, seed))
     supernet = start(bench, empty_supernet(bench))
     train_jointly(bench, supernet, lambda *_: None)
-    students = skip_configs(bench, config["skipped"], config["sets"])
+    students, rng = skip_configs(bench, config["skipped"], config["sets"] // 2), np.random.default_rng(seed)
+    students += [neighbour(bench, student, rng) for student in students]
     found = np.zeros((2, len(students), config["orders"]))
     for row, student in enumerate(track(students, f"seed {seed}", console=Console(stderr=True))):
         for order in range(config["orders"]):
@@ -99,12 +123,14 @@ def main() -> None:
     for seed in config["seeds"]:
         skips, seen, held_out, hardware = measured(config, seed)
         row = {"seed": seed, "skips": skips, "validation": seen.tolist(), "held_out": held_out.tolist()}
-        rows.append(row | {"luck": luck(seen), "tau": agreements(seen, held_out, rng)})
-    table = Table("seed", "luck of the order, alone", "shared by all", "left", "tau, common order", "tau, own orders")
+        found = {"luck": luck(seen), "neighbours": luck_of_differences(seen), "tau": agreements(seen, held_out, rng)}
+        rows.append(row | found)
+    columns = ("luck of an order, points", "shared by all", "left", "of a difference, own orders", "common order")
+    table = Table("seed", *columns, "tau, own orders", "common order")
     for row in rows:
-        points = (f"{100 * value:.2f} points" for value in row["luck"].values())
+        points = (f"{100 * value:.2f}" for value in (*row["luck"].values(), *row["neighbours"].values()))
         common, own = mean_interval(row["tau"]["common"], rng), float(np.mean(row["tau"]["own"]))
-        table.add_row(str(row["seed"]), *points, "{:.3f} ({:.3f} – {:.3f})".format(*common), f"{own:.3f}")
+        table.add_row(str(row["seed"]), *points, f"{own:.3f}", "{:.3f} ({:.3f} – {:.3f})".format(*common))
     Console(width=130).print(table)
     arguments.output.mkdir(parents=True, exist_ok=True)
     content = {"seeds": config["seeds"], "quick": arguments.quick, "config": config, "rows": rows}

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+
+from eas_search.skip_config import SkipConfig
 
 FILE = Path(__file__).parents[2] / "studies" / "trial_noise" / "measure.py"
 SHARED = ("intervals", "record", "supernets")
@@ -41,6 +44,24 @@ def test_luck_of_two_sets_and_two_orders_by_hand(study: Any) -> None:
     found = study.luck(np.array([[0.40, 0.70], [0.60, 0.70]]))
     assert found["left"] == pytest.approx(0.1)  # squares 4 · .05² over one degree of freedom
     assert found["shared"] == pytest.approx(np.sqrt(0.02 - 0.01 / 2))
+
+
+def test_luck_of_a_difference(study: Any) -> None:
+    rng = np.random.default_rng(1)
+    common, own = rng.normal(scale=0.04, size=(50, 400)), rng.normal(scale=0.01, size=(100, 400))
+    found = study.luck_of_differences(np.concatenate([common, common]) + own)  # each pair has a luck of its own
+    assert found["shared"] == pytest.approx(0.01 * np.sqrt(2), rel=0.02)
+    assert found["alone"] == pytest.approx(np.sqrt(2 * (0.04**2 + 0.01**2)), rel=0.02)
+
+
+@pytest.mark.parametrize("skip", [(1,), (2, 5), (1, 2, 3, 4)])
+def test_a_neighbour_differs_by_one_exchange(study: Any, skip: tuple[int, ...]) -> None:
+    bench = SimpleNamespace(sites=[SimpleNamespace(index=index) for index in range(6)])
+    for seed in range(20):
+        found = study.neighbour(bench, SkipConfig(skip=skip), np.random.default_rng(seed)).skip
+        assert len(found) == len(skip)
+        assert len({*found} - {*skip}) == len({*skip} - {*found}) == 1
+        assert 0 not in found
 
 
 def test_a_common_order_ranks_sets_that_only_the_order_confuses(study: Any) -> None:
