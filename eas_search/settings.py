@@ -28,6 +28,8 @@ from eas_search.skip_config import SkipConfig, one_line
 from eas_search.study_file import read_study_file
 from eas_search.training import FineTuneConfig
 
+# How trials are trained and judged, as a number: another one where those of an older study could not be compared.
+PROTOCOL = 2
 # Settings that a run may change when it resumes a study.
 MAY_CHANGE = ("budget", "jobs", "time_limit", "prefer", "caches")
 FINE_TUNES = ("baseline", "trial", "final")
@@ -207,7 +209,7 @@ class SearchSettings(LoadSettings):
 
         The budget, the number of workers, the time limit and the final choice may.
         """
-        fixed = self.model_dump(mode="json", exclude=set(MAY_CHANGE))
+        fixed = self.model_dump(mode="json", exclude=set(MAY_CHANGE)) | {"protocol": PROTOCOL}
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
 

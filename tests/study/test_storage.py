@@ -17,6 +17,7 @@ import pytest
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
+from eas_search import settings as settings_module
 from eas_search.exceptions import ConfigError, StorageError
 from eas_search.objective import TrialResult
 from eas_search.samplers import FrontSampler
@@ -81,6 +82,15 @@ def test_other_settings_are_refused_and_the_first_difference_named(
     with pytest.raises(StorageError, match=named) as error:
         create_study(SearchSettings(**change), tmp_path, "s")
     assert "\n" not in str(error.value)
+
+
+def test_trials_of_another_protocol_are_not_mixed_with_new_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_study(SearchSettings(), tmp_path, "s")
+    monkeypatch.setattr(settings_module, "PROTOCOL", settings_module.PROTOCOL + 1)
+    with pytest.raises(StorageError, match=r"another version of eas_search.*choose another --output"):
+        create_study(SearchSettings(), tmp_path, "s")
 
 
 def test_a_study_with_other_objectives_is_refused(tmp_path: Path) -> None:
