@@ -98,28 +98,28 @@ def measure_finalists(
     """
     names = {str(finalist.number): finalist.config.digest for finalist in finalists}
     name = "latency-" + hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:12]
-    kept = folder.read(name)
-    if kept is None:
-        inputs = bench.latency_inputs()
-        report = measure_latency(
-            {str(f.number): f.merged for f in finalists},
-            inputs,
-            baseline=bench.model,
-            config=bench.settings.final_latency,
-        )
-        content = {
-            str(f.number): {
-                **_flat(report[str(f.number)]),
-                "kv_bytes": kv_bytes_per_token(f.merged, inputs),
-                "parameters": parameter_count(f.merged),
-                "flops": prefill_flops(f.merged, inputs),
-            }
-            for f in finalists
-        }
-        folder.write(name, content, {})
-    else:
-        content = kept[0]
+    content = folder.once(name, lambda: _measured(bench, finalists))
     return {int(number): figures for number, figures in content.items()}
+
+
+def _measured(bench: Workbench, finalists: Sequence[Finalist]) -> dict[str, Any]:
+    """The figures of `measure_finalists` by trial number as text."""
+    inputs = bench.latency_inputs()
+    report = measure_latency(
+        {str(f.number): f.merged for f in finalists},
+        inputs,
+        baseline=bench.model,
+        config=bench.settings.final_latency,
+    )
+    return {
+        str(f.number): {
+            **_flat(report[str(f.number)]),
+            "kv_bytes": kv_bytes_per_token(f.merged, inputs),
+            "parameters": parameter_count(f.merged),
+            "flops": prefill_flops(f.merged, inputs),
+        }
+        for f in finalists
+    }
 
 
 def _flat(latency: Latency) -> dict[str, float | None]:

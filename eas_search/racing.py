@@ -183,13 +183,9 @@ def choose_finalists(bench: Workbench, supernet: Supernet, folder: StageFolder, 
     names = [config.model_dump(mode="json") for config in field.configs]
     identity = json.dumps([names, field.accuracy.tolist(), field.costs.tolist(), settings.finalists])
     name = "race-" + hashlib.sha256(identity.encode()).hexdigest()[:12]
-    kept = folder.read(name)
-    if kept is None:
-        folder.write(name, _held(bench, supernet, field), {})
-        kept = folder.read(name)
-        assert kept is not None
-    rows = [short[row] for row in kept[0]["rows"]]
-    return Choice(rows, {key: value for key, value in kept[0].items() if key != "rows"})
+    held = folder.once(name, lambda: _held(bench, supernet, field))
+    rows = [short[row] for row in held["rows"]]
+    return Choice(rows, {key: value for key, value in held.items() if key != "rows"})
 
 
 def _held(bench: Workbench, supernet: Supernet, field: Candidates) -> dict[str, Any]:

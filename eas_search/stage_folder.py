@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,16 @@ class StageFolder:
                 f"stage {name!r} in {str(self.folder)!r} is damaged ({type(error).__name__}); expected what an earlier "
                 f"run wrote: move {name}.json away to compute it again, the trials are kept"
             ) from error
+
+    def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The record of a stage without tensors, as it is read back; made and kept where it is missing.
+
+        Raises:
+            StorageError: see `read`.
+        """
+        kept = self.read(name)
+        if kept is None:
+            self.write(name, make(), {})
+            kept = self.read(name)
+            assert kept is not None, "what was just written is complete"
+        return kept[0]

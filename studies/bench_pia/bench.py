@@ -67,13 +67,8 @@ def run_seed(config: dict[str, Any], seed: int) -> dict[str, Any]:
 def kept_row(config: dict[str, Any], seed: int) -> dict[str, Any]:
     """`run_seed`, or what an earlier, interrupted run with this configuration has kept of the seed."""
     same = json.dumps({name: value for name, value in config.items() if name not in ("seeds", "quick")}, sort_keys=True)
-    work, name = StageFolder(WORK), f"{hashlib.sha256(same.encode()).hexdigest()[:12]}-{seed}"
-    kept = work.read(name)
-    if kept is None:
-        work.write(name, run_seed(config, seed), {})
-        kept = work.read(name)
-        assert kept is not None
-    return kept[0]
+    name = f"{hashlib.sha256(same.encode()).hexdigest()[:12]}-{seed}"
+    return StageFolder(WORK).once(name, lambda: run_seed(config, seed))
 
 
 def bare(students: list[SkipConfig]) -> list[SkipConfig]:
