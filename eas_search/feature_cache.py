@@ -108,8 +108,10 @@ class FeatureCache:
         """Features of each row; None when the model does not give them image by image."""
         filled = rows + rows[-1:] * (ENCODED_TOGETHER - len(rows))
         joined = {name: torch.cat([row[name] for row in filled]) for name in rows[0]}
-        # Not an inference tensor even where nothing is trained right now: a later training step reads it, too.
-        with torch.inference_mode(False), torch.no_grad():
+        # Not an inference tensor even where nothing is trained right now: a later training step reads it, too. In full
+        # precision even where the rest is not: what is judged without takes the same features.
+        kind = next(iter(joined.values())).device.type
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
             output = compute(**{**call, **joined})
         unpacked = split_output(output, len(filled))
         if unpacked is None:

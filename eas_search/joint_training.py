@@ -77,9 +77,11 @@ def train_jointly(bench: Workbench, supernet: Supernet, report: Report) -> list[
         training,
         bench.settings.seed,
         before_step=before_step,
+        conditions=bench.conditions,
         teacher=supernet.intact_logits,
     )
-    watch(steps)
+    with bench.conditions.forward(supernet.model):
+        watch(steps)
     supernet.set_skips(())
     return bandit.scores.tolist()
 

@@ -16,3 +16,4 @@ Ranking = Literal["bandit", OneShot]
 Objective = Literal["accuracy", "latency", "kv_bytes", "parameters", "flops"]
 COSTS: tuple[Objective, ...] = get_args(Objective)[1:]
 LatencySource = Literal["predicted", "measured"]
+MixedPrecision = Literal["auto", "no", "bf16"]  # as accelerate calls them

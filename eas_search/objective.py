@@ -87,12 +87,12 @@ def make_student(
     """
     student, train, settings = bench.student(config), bench.splits["train"], bench.settings.supernet
     if settings.refit and settings.training.steps == 0 and config.skip and config.pia_dim:
-        with bench.guard(), supernet.refitted(config, list(train.subset(settings.refit).batches(64))):
+        with bench.conditions.guard(), supernet.refitted(config, list(train.subset(settings.refit).batches(64))):
             supernet.inherit(student)
     else:
         supernet.inherit(student)
     seed, teacher = order_seed(bench.settings.seed, repeat), supernet.intact_logits
-    fine_tune(student, train, training, seed, guard=bench.guard, teacher=teacher)
+    fine_tune(student, train, training, seed, conditions=bench.conditions, teacher=teacher)
     return student.eval()
 
 
@@ -155,7 +155,7 @@ def evaluate(
     student = make_student(bench, supernet, config, bench.settings.trial)
     split = bench.splits["validation"]
     scored = score_in_rungs(
-        lambda start, end: sample_scores(student, split.part(start, end), guard=bench.guard),
+        lambda start, end: sample_scores(student, split.part(start, end), conditions=bench.conditions),
         rung_ends(len(split), bench.settings.rungs),
         rival,
     )

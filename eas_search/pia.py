@@ -45,7 +45,11 @@ class GroupedUp(nn.Module):
 
     def dense(self) -> Tensor:
         """The same map as an ordinary block-diagonal matrix, [d, r]."""
-        return self.weight if self.groups == 1 else torch.block_diag(*self.weight.chunk(self.groups))
+        return _dense(self.weight, self.groups)
+
+
+def _dense(weight: Tensor, groups: int) -> Tensor:
+    return weight if groups == 1 else torch.block_diag(*weight.chunk(groups))
 
 
 class Pia(nn.Module):
@@ -93,7 +97,8 @@ class Pia(nn.Module):
         assert self.router_weight is None, "a routed PIA has no constant up-projection"
         w = torch.softmax(self.router_bias / self.shape.temperature, dim=-1) * self.shape.scale
         first, second = self.experts()
-        return w[0] * first.dense() + w[1] * second.dense(), w[0] * first.bias + w[1] * second.bias
+        weight = w[0] * first.weight + w[1] * second.weight  # thinner than their dense forms
+        return _dense(weight, first.groups), w[0] * first.bias + w[1] * second.bias
 
     def forward(self, x: Tensor, session: PoolSession, key: str = "pia", other: Tensor | None = None) -> Tensor:
         """Δ for the normalised tokens `x` [B, n, d]; `key` names this PIA within its site. Returns [B, n, d].

@@ -177,7 +177,7 @@ class _StackPass:
         self.entered, self.start = None, 0
         if torch.is_grad_enabled() or module.training or not any(self.kept):
             return
-        content = _content([args, kwargs, [context.mask for context in self.contexts.values()]])
+        content = _content([args, kwargs, [context.mask for context in self.contexts.values()], _precision()])
         if content is None:
             return
         self.entered = _digest(content)
@@ -217,6 +217,12 @@ def unshareable(blocks: nn.Module) -> str:
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _precision() -> list[str]:
+    """In which precision matrix products are computed here, other than that of their arguments."""
+    devices = ("cpu", "cuda", "mps")
+    return [str(torch.get_autocast_dtype(one)) for one in devices if torch.is_autocast_enabled(one)]
 
 
 def _digest(*parts: object) -> bytes:

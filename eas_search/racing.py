@@ -199,7 +199,7 @@ def _held(bench: Workbench, supernet: Supernet, field: Candidates) -> dict[str, 
         if row not in students:  # a student shares the model's weights: keeping all of them costs little
             students[row], again = trial_student(bench, supernet, field.configs[row])
             trained += again
-        scores = sample_scores(students[row], selection.part(start, end), guard=bench.guard)
+        scores = sample_scores(students[row], selection.part(start, end), conditions=bench.conditions)
         scored += len(scores)
         return scores
 

@@ -74,6 +74,9 @@ def run_command(  # noqa: PLR0913, PLR0917  (one parameter per flag is how typer
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps or auto [default: auto].")] = None,
     dtype: Annotated[str | None, typer.Option(help="Precision of the frozen model [default: float32].")] = None,
+    mixed_precision: Annotated[
+        str | None, typer.Option(help="Of training and trials: bf16, no or auto: where it is faster [default: auto].")
+    ] = None,
     device_map: Annotated[
         str | None, typer.Option(help="auto, or JSON from modules to devices: several devices [default: one].")
     ] = None,
@@ -115,6 +118,7 @@ def run_command(  # noqa: PLR0913, PLR0917  (one parameter per flag is how typer
             "latency",
             "device",
             "dtype",
+            "mixed_precision",
             "device_map",
             "quantization",
             "gradient_checkpointing",

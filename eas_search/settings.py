@@ -14,7 +14,7 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator
 from eas_search.exceptions import ConfigError
 from eas_search.latency import LatencyConfig
 from eas_search.models.options import LoadOptions, LoadSettings
-from eas_search.names import COSTS, LatencySource, Objective, Ranking, Sampler
+from eas_search.names import COSTS, LatencySource, MixedPrecision, Objective, Ranking, Sampler
 from eas_search.plugins import settled
 from eas_search.setting_groups import (
     CacheSettings,
@@ -60,6 +60,8 @@ class SearchSettings(LoadSettings):
         finalists: how many trials of the front are re-trained and re-measured.
         final_seeds: trainings of every finalist. The first is the one that is judged and handed over; what further ones
             reach is reported beside it, and says how much of an accuracy is chance of the training.
+        mixed_precision: `bf16` computes matrix products in bfloat16 where students are trained and where a score only
+            serves the search; `auto` does where the processor can. What is reported, timed and exported never is.
         latency_batch: prompts per timed batch.
         latency: of a trial: `predicted` from a few measured configurations, or `measured` in every trial. Finalists are
             always measured.
@@ -93,6 +95,7 @@ class SearchSettings(LoadSettings):
     rungs: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.25, 0.5)
     finalists: int = Field(default=8, ge=1)
     final_seeds: int = Field(default=1, ge=1)
+    mixed_precision: MixedPrecision = "auto"
     latency_batch: int = Field(default=8, ge=1)
     latency: LatencySource = "predicted"
     fit_passes: int = Field(default=4, ge=1)

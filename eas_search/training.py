@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from eas_search.conditions import AS_IT_IS, Conditions, device_of
 from eas_search.distillation import distilled_loss
 from eas_search.exceptions import ConfigError
 from eas_search.models.calling import without_cache
 from eas_search.reuse import reusing
 
-Guard = Callable[[], AbstractContextManager[object]]
 Teacher = Callable[[dict[str, Tensor]], Tensor]
 # Per forward pass when samples are scored; the logits, 1 GiB in float32, are the largest tensor of a search.
 SCORED_TOKENS, SCORED_LOGITS = 2**14, 2**28
@@ -71,7 +71,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 def on_device(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The batch where the model's first parameter is."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -81,7 +81,7 @@ def fine_tune(  # noqa: PLR0913  (what a caller may want to see or change of a s
     config: FineTuneConfig,
     seed: int,
     before_step: Callable[[int, nn.Module], None] | None = None,
-    guard: Guard = nullcontext,
+    conditions: Conditions = AS_IT_IS,
     *,
     teacher: Teacher | None = None,
 ) -> list[float]:
@@ -93,7 +93,7 @@ def fine_tune(  # noqa: PLR0913  (what a caller may want to see or change of a s
         config: steps, batch size, learning rate.
         seed: decides the order of the samples; torch's global random state is not used by it.
         before_step: called with (step, model) before each forward pass, e.g. to draw a skip set.
-        guard: entered around every step, e.g. a lock shared with timing processes.
+        conditions: of every step.
         teacher: the intact model's logits for a batch, wanted where `config.distill` is set. It may be the same module
             tree: it is asked before `before_step`.
 
@@ -116,15 +116,16 @@ def fine_tune(  # noqa: PLR0913  (what a caller may want to see or change of a s
     plain = without_cache(model)
     model.train()
     for step in range(config.steps):
-        with guard(), reusing(model):
+        with conditions.guard(), reusing(model):
             optimizer.zero_grad(set_to_none=True)
             losses.append(0.0)
             for _ in range(config.passes):
                 batch = on_device(next(batches), model)
-                intact = teacher(batch) if teacher is not None and config.distill else None
-                if before_step is not None:
-                    before_step(step, model)
-                output = model(**batch, **plain)
+                with conditions.forward(model):
+                    intact = teacher(batch) if teacher is not None and config.distill else None
+                    if before_step is not None:
+                        before_step(step, model)
+                    output = model(**batch, **plain)
                 loss = output.loss / config.passes
                 if intact is not None:
                     soft = distilled_loss(model, batch, output.logits, intact, config.temperature) / config.passes
@@ -140,7 +141,9 @@ def fine_tune(  # noqa: PLR0913  (what a caller may want to see or change of a s
 
 
 @torch.no_grad()
-def sample_scores(model: nn.Module, split: Any, batch_size: int | None = None, guard: Guard = nullcontext) -> Tensor:
+def sample_scores(
+    model: nn.Module, split: Any, batch_size: int | None = None, conditions: Conditions = AS_IT_IS
+) -> Tensor:
     """Scores of all samples of an encoded split by the task's metric, [N], in the split's order, higher is better.
 
     They are bool where an answer is right or wrong, else floating point from 0 to 1. `batch_size` None: at most 200
@@ -151,7 +154,7 @@ def sample_scores(model: nn.Module, split: Any, batch_size: int | None = None, g
     scores = []
     with reusing(model, prefixes=True):
         for inputs, extras in split.scored_batches(batch_size):
-            with guard():
+            with conditions.guard(), conditions.forward(model):
                 scores.append(split.scoring.score(model, on_device(inputs, model), on_device(extras, model)).cpu())
     return torch.cat(scores)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from eas_search.architectures import AttentionSite, attention_sites, prove_sites
+from eas_search.conditions import AS_IT_IS, Conditions, computes_in_bf16, plain_is_faster
 from eas_search.cost_book import CostBook
 from eas_search.exceptions import ConfigError, UnsupportedModelError
 from eas_search.kept_adapters import KeptAdapters
@@ -27,6 +27,7 @@ from eas_search.setting_groups import SpaceSettings
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import apply_skips
+from eas_search.stage_folder import StageFolder
 from eas_search.tasks import Task, get_task
 from eas_search.tasks.splits import divided
 from eas_search.training import on_device
@@ -49,6 +50,7 @@ class Workbench:
         predictor: of the latency of the timed batch, once `predictor_stage` has fitted it.
         costs: FLOPs and KV bytes of the blocks that were measured before.
         kept: adapters of finished trials.
+        conditions: under which students are trained, and scored where the score only serves the search.
     """
 
     settings: SearchSettings
@@ -63,6 +65,7 @@ class Workbench:
     predictor: LatencyPredictor | None = None
     costs: CostBook = field(default_factory=CostBook)
     kept: KeptAdapters = field(default_factory=KeptAdapters)
+    conditions: Conditions = AS_IT_IS
 
     @classmethod
     def open(cls, settings: SearchSettings, folder: Path | None = None) -> Workbench:
@@ -102,7 +105,11 @@ class Workbench:
         limits_of_caches = (settings.caches.features, settings.caches.prefixes)
         attach_caches(model, changed, every, probe, limits_of_caches, tolerance=1e-5 if single else 5e-2)
         kept = KeptAdapters(folder and folder / "stages" / "trials", settings.caches.adapters)
-        return cls(settings, task, model, processor, every, space, splits, QuietLock(lock), refused, kept=kept)
+        quiet = QuietLock(lock)
+        conditions = Conditions(quiet.shared, in_bf16(settings, model, folder), plain_is_faster(model, probe))
+        return cls(
+            settings, task, model, processor, every, space, splits, quiet, refused, kept=kept, conditions=conditions
+        )
 
     @property
     def sites(self) -> tuple[AttentionSite, ...]:
@@ -118,11 +125,6 @@ class Workbench:
         """What the model and its copies share."""
         found: Any = self.model.eas_caches
         return found
-
-    @property
-    def guard(self) -> Callable[[], AbstractContextManager[None]]:
-        """Entered around every unit of normal work."""
-        return self.quiet.shared
 
     def latency_inputs(self) -> dict[str, Tensor]:
         """The batch of prompts on which latency is measured."""
@@ -154,6 +156,14 @@ class Workbench:
             "threads": torch.get_num_threads(),
             "system": f"{platform.system()} {platform.machine()}",
         }
+
+
+def in_bf16(settings: SearchSettings, model: nn.Module, folder: Path | None) -> bool:
+    """Whether the search computes in bfloat16; a study that was begun on another machine goes on as it began."""
+    if folder is None or settings.mixed_precision != "auto":
+        return computes_in_bf16(settings.mixed_precision, model)
+    decided = StageFolder(folder / "stages").once("precision", lambda: {"bf16": computes_in_bf16("auto", model)})
+    return bool(decided["bf16"])
 
 
 def load_for_task(task: Task, name: str, options: LoadOptions) -> tuple[nn.Module, Any]:

@@ -40,7 +40,7 @@ def start(bench: Workbench, supernet: Supernet) -> Supernet:
     settings = bench.settings
     with seeded(settings.seed):
         adapted = apply_skips(bench.model, bench.space.student)
-    fine_tune(adapted, bench.splits["train"], settings.baseline, settings.seed)
+    fine_tune(adapted, bench.splits["train"], settings.baseline, settings.seed, conditions=bench.conditions)
     supernet.take_light_adapters(adapted)
     samples = bench.splits["train"].subset(settings.samples.calibration)
     supernet.warm_start(calibrate(supernet.model, bench.sites, samples.batches(64), supernet.config.identity))

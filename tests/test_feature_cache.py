@@ -125,6 +125,17 @@ def test_a_known_image_is_not_encoded_and_what_it_gives_does_not_depend_on_histo
     assert torch.equal(seen[0], seen[2])
 
 
+def test_features_are_never_of_mixed_precision(llava: Any, image_prompt: dict[str, Tensor], pictures: Tensor) -> None:
+    inputs = batch([[3], [7]], pictures)
+    expected = logits(cached(llava, image_prompt)[0], inputs)
+    model, _ = cached(llava, image_prompt)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not torch.equal(logits(model, inputs).float(), expected)
+    count = Count(model.model.vision_tower)
+    assert torch.equal(logits(model, inputs), expected)  # of features that were made in the midst of it
+    assert count.images == 0
+
+
 def test_samples_may_have_several_images(llava: Any, image_prompt: dict[str, Tensor], pictures: Tensor) -> None:
     model, caches = cached(llava, image_prompt)
     for rows in ([[0, 1], [2, 0]], [[1], [2, 3, 0]], [[3, 1, 2, 0]]):

@@ -30,7 +30,7 @@ LAYERS = [
     "setting_groups",
     "skipping | training | latency | measures | ffn_folding | costs | front_statistics | expected_front",
     "blocks | folding | tasks | reuse",
-    "stand_ins | feature_cache | prefix_sharing",
+    "stand_ins | feature_cache | prefix_sharing | conditions",
     "parts",
     "hooks",
     "context | pia | lora",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -144,6 +145,24 @@ def test_merged_weights_are_not_taken_for_the_originals(
         for _ in range(3):
             assert same(scored(merged, batches), scored(merged, batches, cache=False))
         del merged
+
+
+def test_streams_of_another_precision_are_not_taken_over(llama: Any, tokens: Tensor, batches: list[Inputs]) -> None:
+    model, cache = cached(llama, tokens)
+    students = [apply_skips(model, SkipConfig(skip=skip, pia_dim=0, pooling="none")) for skip in ((2,), (3,))]
+
+    def precise(mixed: bool) -> AbstractContextManager[Any]:
+        return torch.autocast("cpu", dtype=torch.bfloat16) if mixed else nullcontext()
+
+    expected = {}
+    for mixed in (True, False):
+        with precise(mixed):
+            expected[mixed] = [scored(student, batches, cache=False) for student in students]
+    for mixed in (True, False, True):
+        for student, logits in zip(students, expected[mixed], strict=True):
+            with precise(mixed):
+                assert same(scored(student, batches), logits)
+    assert cache.reused > 0
 
 
 @pytest.mark.parametrize("streams", [1, 5])

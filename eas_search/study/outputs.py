@@ -164,6 +164,7 @@ def conditions(bench: Workbench) -> dict[str, str]:
         "score": bench.splits["test"].scoring.metric,
         "trials' latency": settings.latency,
         "latency": f"prefill of {settings.latency_batch} prompts{shape}, {settings.dtype}, merged model",
+        "training and trials": "matrix products in bfloat16" if bench.conditions.bf16 else settings.dtype,
         "training samples": str(len(bench.splits["train"])),
         "validation samples": str(len(bench.splits["validation"])),
         "selection samples": str(len(bench.splits["selection"])),

@@ -27,8 +27,9 @@ def search(bench: Workbench, supernet: Supernet, configs: Sequence[SkipConfig]) 
         student = apply_skips(bench.model, config)
         supernet.inherit(student)
         seed = order_seed(settings.seed)
-        fine_tune(student, bench.splits["train"], settings.trial, seed, teacher=supernet.intact_logits)
-        accuracy = sample_scores(student.eval(), bench.splits["validation"]).double().mean().item()
+        train, validation, how = bench.splits["train"], bench.splits["validation"], bench.conditions
+        fine_tune(student, train, settings.trial, seed, conditions=how, teacher=supernet.intact_logits)
+        accuracy = sample_scores(student.eval(), validation, conditions=how).double().mean().item()
         merged = merge(student).eval()
         return accuracy, trial_latency(bench, lambda: merged, config)[0]
 

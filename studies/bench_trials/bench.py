@@ -38,7 +38,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from record import load_config, write_result  # noqa: E402
 
-NO_TRICKS: dict[str, Any] = {"latency": "measured", "rungs": ()}
+NO_TRICKS: dict[str, Any] = {"latency": "measured", "rungs": (), "mixed_precision": "no"}
 NO_CACHES = {"features": 0, "prefixes": 0}
 
 

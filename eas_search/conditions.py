@@ -1,0 +1,94 @@
+"""Under which conditions a model is trained or scored: who else must keep still, and in which precision it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from eas_search.models.calling import without_cache
+from eas_search.names import MixedPrecision
+
+Guard = Callable[[], AbstractContextManager[object]]
+# Up to so many tokens a CPU trains faster through plain attention than through the fused one: forward and backward take
+# 1.7 instead of 2.8 ms at 27 tokens in float32, 1.7 instead of 8.7 in bfloat16; even at 128, half as fast at 256 (torch
+# 2.13). Without a backward pass the fused one is never slower.
+SHORT = 128
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Of training and scoring.
+
+    Attributes:
+        guard: entered around every step, e.g. a lock shared with timing processes.
+        bf16: whether matrix products are computed in bfloat16 (autocast). Weights, adapters and their gradients, norms
+            and losses stay in the precision that they have.
+        plain_attention: whether training computes attention step by step instead of fused, see `SHORT`.
+    """
+
+    guard: Guard = nullcontext
+    bf16: bool = False
+    plain_attention: bool = False
+
+    @contextmanager
+    def forward(self, model: nn.Module) -> Iterator[None]:
+        """Around the forward passes of a model; the backward passes come behind it."""
+        with ExitStack() as stack:
+            if self.bf16:
+                stack.enter_context(torch.autocast(device_of(model).type, dtype=torch.bfloat16))
+            if self.plain_attention and torch.is_grad_enabled():
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield
+
+
+AS_IT_IS = Conditions()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter is."""
+    return next(model.parameters()).device
+
+
+def computes_in_bf16(choice: MixedPrecision, model: nn.Module) -> bool:
+    """Whether a choice means bfloat16 for this model on this machine.
+
+    `auto` does where the processor multiplies bfloat16 itself; elsewhere that would be slower than float32. A model
+    that is in half precision, or quantised, has nothing to gain.
+    """
+    if choice != "auto":
+        return choice == "bf16"
+    if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        return False
+    device = device_of(model)
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+class _Lengths(TorchFunctionMode):
+    """Notes how many tokens every fused attention has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[int] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            self.found += [tensor.shape[-2] for tensor in args[:2]]
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def plain_is_faster(model: nn.Module, batch: Mapping[str, Tensor]) -> bool:
+    """Whether all attentions of a model on such a batch are so short that a CPU is faster without the fused one."""
+    with _Lengths() as lengths:
+        model(**batch, **without_cache(model))
+    return device_of(model).type == "cpu" and 0 < max(lengths.found, default=0) <= SHORT
