@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -44,6 +45,8 @@ class Conditions:
         with ExitStack() as stack:
             if self.bf16:
                 stack.enter_context(torch.autocast(device_of(model).type, dtype=torch.bfloat16))
+                # As accelerate does it: losses and scores, also those that users write, are not of half precision.
+                stack.callback(model.register_forward_hook(lambda _, __, output: convert_to_fp32(output)).remove)
             if self.plain_attention and torch.is_grad_enabled():
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield

@@ -108,10 +108,8 @@ class FeatureCache:
         """Features of each row; None when the model does not give them image by image."""
         filled = rows + rows[-1:] * (ENCODED_TOGETHER - len(rows))
         joined = {name: torch.cat([row[name] for row in filled]) for name in rows[0]}
-        # Not an inference tensor even where nothing is trained right now: a later training step reads it, too. In full
-        # precision even where the rest is not: what is judged without takes the same features.
-        kind = next(iter(joined.values())).device.type
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
+        # Not an inference tensor even where nothing is trained right now: a later training step reads it, too.
+        with torch.inference_mode(False), torch.no_grad():
             output = compute(**{**call, **joined})
         unpacked = split_output(output, len(filled))
         if unpacked is None:
@@ -121,14 +119,19 @@ class FeatureCache:
 
 
 def _asking(method: Any) -> Any:
-    """What stands in the place of the model's own method; `generate` reads off the signature what to call it with."""
+    """What stands in the place of the model's own method; `generate` reads off the signature what to call it with.
+
+    Features are of full precision even where the rest is not: whether they are remembered changes nothing, and what is
+    judged in full precision takes the same ones.
+    """
 
     @functools.wraps(method)
     def ask(self: Any, *args: Any, **kwargs: Any) -> Any:
         cache: FeatureCache = self.eas_features
-        if not cache._open:
-            return method(self, *args, **kwargs)
-        return cache.answer(types.MethodType(method, self), bound_call(method, self, args, kwargs))
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+            if not cache._open:
+                return method(self, *args, **kwargs)
+            return cache.answer(types.MethodType(method, self), bound_call(method, self, args, kwargs))
 
     return ask
 

@@ -79,22 +79,21 @@ class PoolSession:
         state = None if self.states is None else self.states.get(key)
         if state is not None and state.count is None:  # while decoding nothing is left to do
             return state.value
-        then = then or (lambda values: values)
-        project = (lambda values: values) if weight is None else (lambda values: F.linear(values, weight))
+        then = then or _as_it_is
         if self.mode == "none":
-            return then(project(x))
+            return then(x if weight is None else F.linear(x, weight))
         if self.refusal:
             raise UnsupportedModelError(
                 f"a block with a skipped attention cannot pool: {self.refusal}; expected the tokens of its stack: "
                 "choose pooling 'none' or leave this stack's sites in"
             )
         if self.mode == "prefix":
-            return then(self._running(key, project(x), state))
-        # The mean comes first: one token per sample then meets the weight. In double precision, which costs nothing on
-        # one token and keeps a rounding that would reach all of them out of the sum.
+            return then(self._running(key, x if weight is None else F.linear(x, weight), state))
+        # The mean comes first: one token per sample then meets the weight. In half precision its rounding would reach
+        # all tokens.
         value = self._mean_of_tokens(x)
         if weight is not None:
-            precise = torch.float32 if x.device.type == "mps" else torch.float64
+            precise = _accumulator(x)
             value = F.linear(value.to(precise), weight.to(precise)).to(x.dtype)
         value = then(value)
         if self.states is not None:
@@ -125,6 +124,10 @@ class PoolSession:
         if self.states is not None:
             self.states[key] = PoolState(sums[:, -1:], counts[:, -1:])
         return (sums / counts.clamp(min=1.0)).to(dtype)
+
+
+def _as_it_is(values: Tensor) -> Tensor:
+    return values
 
 
 def _weights(mask: Tensor, x: Tensor) -> Tensor:

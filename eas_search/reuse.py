@@ -113,9 +113,7 @@ def attach_caches(
 
 
 def _attach_features(cache: FeatureCache, model: nn.Module, students: Sequence[nn.Module], probe: Probe) -> str:
-    """Attach the cache where the model makes its features; why not, or ''."""
-    if not cache.limit:
-        return "switched off"
+    """Attach the cache where the model makes its features; why none are kept, or ''."""
     found = _watch(model, probe)
     if found is None:
         return f"the model makes no image features in a {METHOD} of its own"
@@ -128,7 +126,7 @@ def _attach_features(cache: FeatureCache, model: nn.Module, students: Sequence[n
     if why_not := _not_by_image(owner, call, [m for name in inside for m in model.get_submodule(name).modules()]):
         return why_not
     cache.attach(owner)
-    return ""
+    return "" if cache.limit else "switched off"
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import nn
 
 from eas_search import joint_training
 from eas_search.bandit import VARIANTS, BanditConfig
+from eas_search.conditions import AS_IT_IS
 from eas_search.exceptions import ConfigError
 from eas_search.setting_groups import SupernetSettings
 from eas_search.settings import SearchSettings
@@ -87,7 +88,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, k: int | None, **values: Any) -> tu
     def set_skips(skip: Any, placement: str | None = None, pia_dim: int | None = None) -> None:
         supernet.now, supernet.dim = tuple(skip), pia_dim
 
-    def train(model: nn.Module, split: Any, config: FineTuneConfig, seed: int, before_step: Any, teacher: Any) -> None:
+    def train(model: nn.Module, split: Any, config: FineTuneConfig, seed: int, before_step: Any, **_: Any) -> None:
         for step in range(config.steps):
             for _ in range(config.passes):
                 before_step(step, model)
@@ -108,6 +109,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, k: int | None, **values: Any) -> tu
         sites=supernet.sites,
         space=SimpleNamespace(fixed_k=k, choices=settings.space.model_copy(update={"placements": ("parallel",)})),
         splits={"validation": None, "train": None},
+        conditions=AS_IT_IS,
     )
     return seen, joint_training.train_jointly(bench, supernet, lambda *_: None)
 

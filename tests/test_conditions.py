@@ -58,6 +58,19 @@ def test_matrix_products_are_in_bfloat16_and_weights_and_gradients_are_not() -> 
     assert model.seen[-1] == torch.float32
 
 
+def test_what_a_model_answers_is_of_full_precision() -> None:
+    model = llama()
+    with Conditions(bf16=True).forward(model), torch.no_grad():
+        output = model(**tokens(), use_cache=True)
+        assert output.logits.dtype == torch.float32
+        more = model(input_ids=output.logits[:, -1:].argmax(dim=-1), past_key_values=output.past_key_values).logits
+    expected = model(**tokens()).logits
+    assert not torch.equal(output.logits, expected)
+    torch.testing.assert_close(output.logits, expected, rtol=0.05, atol=0.02)
+    assert more.shape == (3, 1, 50)
+    assert not model._forward_hooks
+
+
 def test_training_in_bfloat16_ends_near_training_in_float32() -> None:
     class Rows:
         def batches(self, size: int, generator: torch.Generator) -> Any:

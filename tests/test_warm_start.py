@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from eas_search.architectures import attention_sites
+from eas_search.conditions import AS_IT_IS
 from eas_search.objective import make_student
 from eas_search.pia import Pia, PiaShape, copy_slice
 from eas_search.pooling import PoolSession
@@ -287,7 +287,7 @@ def test_only_students_of_an_untrained_supernet_are_refitted(llama: Any, steps: 
     supernet.warm_start(calibrate(supernet.model, supernet.sites, [train]))
     settings = SearchSettings(supernet={"training": {"steps": steps}, "refit": refit})
     splits, make = {"train": Split(train)}, lambda one: apply_skips(llama, one)
-    bench: Any = SimpleNamespace(splits=splits, settings=settings, guard=nullcontext, student=make)
+    bench: Any = SimpleNamespace(splits=splits, settings=settings, conditions=AS_IT_IS, student=make)
     config = supernet.config.model_copy(update={"skip": (0, 1, 2)})
     student, inherited = make_student(bench, supernet, config, FineTuneConfig(steps=0)), apply_skips(llama, config)
     supernet.inherit(inherited)

@@ -1,5 +1,7 @@
 """How much of a trial's accuracy is the luck of the samples it was trained on, and how much of it do all trials share?
 
+Once in float32, once with matrix products in bfloat16.
+
 python studies/trial_noise/measure.py [--quick] [--output FOLDER]
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from record import load_config, write_result  # noqa: E402
 from supernets import settings_of, skip_configs, start  # noqa: E402
 
 Array = NDArray[np.float64]
+PRECISIONS = {"float32": False, "bfloat16": True}
 
 
 def luck(accuracy: Array) -> dict[str, float]:
@@ -94,20 +98,28 @@ def agreements(seen: Array, held_out: Array, rng: np.random.Generator, draws: in
     return {"common": common, "own": [tau(rng.integers(orders, size=sets)) for _ in range(draws)]}
 
 
-def measured(config: dict[str, Any], seed: int) -> tuple[list[list[int]], Array, Array, dict[str, Any]]:
-    """(skip sets, validation accuracies [sets, orders], held-out ones, hardware) of one supernet's students."""
+def measured(config: dict[str, Any], seed: int) -> tuple[list[list[int]], dict[str, Array], Array, dict[str, Any]]:
+    """Students of a supernet: (skip sets, validation accuracies [sets, orders] by precision, held-out ones, hardware).
+
+    What is held out is scored in float32, after training in float32: the truth for both.
+    """
     bench = Workbench.open(settings_of(config, seed))
     supernet = start(bench, empty_supernet(bench))
     train_jointly(bench, supernet, lambda *_: None)
     students, rng = skip_configs(bench, config["skipped"], config["sets"] // 2), np.random.default_rng(seed)
     students += [neighbour(bench, student, rng) for student in students]
-    found = np.zeros((2, len(students), config["orders"]))
+    held_out = np.zeros((len(students), config["orders"]))
+    seen = {name: held_out.copy() for name in PRECISIONS}
     for row, student in enumerate(track(students, f"seed {seed}", console=Console(stderr=True))):
         for order in range(config["orders"]):
-            model = make_student(bench, supernet, student, bench.settings.trial, order)
-            for split, name in enumerate(("validation", "test")):
-                found[split, row, order] = sample_scores(model, bench.splits[name]).double().mean().item()
-    return [[int(index) for index in student.skip] for student in students], found[0], found[1], bench.hardware
+            for name, bf16 in PRECISIONS.items():
+                bench.conditions = replace(bench.conditions, bf16=bf16)
+                model = make_student(bench, supernet, student, bench.settings.trial, order)
+                scores = sample_scores(model, bench.splits["validation"], conditions=bench.conditions)
+                seen[name][row, order] = scores.double().mean().item()
+                if not bf16:
+                    held_out[row, order] = sample_scores(model, bench.splits["test"]).double().mean().item()
+    return [[int(index) for index in student.skip] for student in students], seen, held_out, bench.hardware
 
 
 def main() -> None:
@@ -122,16 +134,24 @@ def main() -> None:
     rng, rows = np.random.default_rng(0), []
     for seed in config["seeds"]:
         skips, seen, held_out, hardware = measured(config, seed)
-        row = {"seed": seed, "skips": skips, "validation": seen.tolist(), "held_out": held_out.tolist()}
-        found = {"luck": luck(seen), "neighbours": luck_of_differences(seen), "tau": agreements(seen, held_out, rng)}
-        rows.append(row | found)
+        apart = seen["bfloat16"] - seen["float32"]
+        row = {"seed": seed, "skips": skips, "held_out": held_out.tolist(), "apart": [apart.mean(), apart.std(ddof=1)]}
+        for name, accuracy in seen.items():
+            found = {"luck": luck(accuracy), "neighbours": luck_of_differences(accuracy)}
+            row[name] = {"validation": accuracy.tolist(), **found, "tau": agreements(accuracy, held_out, rng)}
+        rows.append(row)
     columns = ("luck of an order, points", "shared by all", "left", "of a difference, own orders", "common order")
-    table = Table("seed", *columns, "tau, own orders", "common order")
+    table = Table("seed", "precision", *columns, "tau, own orders", "common order")
     for row in rows:
-        points = (f"{100 * value:.2f}" for value in (*row["luck"].values(), *row["neighbours"].values()))
-        common, own = mean_interval(row["tau"]["common"], rng), float(np.mean(row["tau"]["own"]))
-        table.add_row(str(row["seed"]), *points, f"{own:.3f}", "{:.3f} ({:.3f} – {:.3f})".format(*common))
-    Console(width=130).print(table)
+        for name in PRECISIONS:
+            found = row[name]
+            points = (f"{100 * value:.2f}" for value in (*found["luck"].values(), *found["neighbours"].values()))
+            common, own = mean_interval(found["tau"]["common"], rng), float(np.mean(found["tau"]["own"]))
+            cells = (*points, f"{own:.3f}", "{:.3f} ({:.3f} – {:.3f})".format(*common))
+            table.add_row(str(row["seed"]), name, *cells)
+        mean, spread = (100 * value for value in row["apart"])
+        table.add_row("", f"bfloat16 is apart by {mean:+.2f} ± {spread:.2f} points", end_section=True)
+    Console(width=150).print(table)
     arguments.output.mkdir(parents=True, exist_ok=True)
     content = {"seeds": config["seeds"], "quick": arguments.quick, "config": config, "rows": rows}
     print("wrote", write_result(arguments.output, "quick" if arguments.quick else "full", content, hardware).name)
