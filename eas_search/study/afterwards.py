@@ -128,7 +128,7 @@ def export_trial(
     folder = output or run / (f"export-{number}" if kind == "eas" else f"export-{number}-{kind}")
     check_writable(folder)
     with only_writer(run):
-        bench = Workbench.open(settings, None)
+        bench = Workbench.open(settings, run)  # a trial that is trained again is trained as the study was
         check_possible(chosen, bench.student(config))
         stages = StageFolder(run / "stages")
         baseline, adapted = baseline_stage(bench, stages, lambda *_: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from eas_search.exceptions import EasSearchError, StorageError
 from eas_search.export import about, save_pretrained, verify, write_reference
 from eas_search.models.loading import load_model
 from eas_search.models.options import LoadOptions
+from eas_search.study import afterwards
 from eas_search.study.outputs import read_json
 from eas_search.tasks import get_task
 
@@ -152,3 +154,22 @@ def test_the_export_of_a_search_claims_what_the_search_measured(finished: Simple
     for name, value in facts["claims"].items():
         assert value == best[name]
     assert verify(finished.folder / "export").generated_equal
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_trial_trained_again_for_its_export_is_trained_as_the_study_was(
+    finished_copy: Path, bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a machine that would decide otherwise."""
+    (finished_copy / "stages" / "precision.json").write_text(json.dumps({"bf16": bf16}), encoding="utf-8")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": not bf16})
+    seen = []
+
+    def note(bench: Any, *_: Any) -> Any:
+        seen.append(bench.conditions.bf16)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(afterwards, "prepare_finalist", note)
+    with pytest.raises(KeyboardInterrupt):
+        afterwards.export_trial(finished_copy, None, finished_copy / "again")
+    assert seen == [bf16]
