@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eas_search.conditions import device_of
 from eas_search.latency import measure_latency
 from eas_search.merging import merge
 from eas_search.names import Objective
@@ -176,7 +177,7 @@ def evaluate(
         redundancy=mean_redundancy(bench, scores, config),
         **bench.costs.costs(student, merged, bench.latency_inputs()),
         seconds=time.perf_counter() - begin,
-        device=str(next(student.parameters()).device),
+        device=str(device_of(student)),
     )
 
 

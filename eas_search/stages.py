@@ -73,9 +73,11 @@ def baseline_stage(bench: Workbench, folder: StageFolder, report: Report) -> tup
     fine_tune(student, train, first, settings.seed, advance, bench.conditions)
     start = {name: parameter.detach().clone() for name, parameter in adapter_parameters(student).items()}
     equal = settings.final.model_copy(update={"steps": rest})
-    fine_tune(
-        student, train, equal, settings.seed + 1, lambda step, _: advance(first.steps + step, _), bench.conditions
-    )
+
+    def advance_further(step: int, model: nn.Module) -> None:
+        advance(first.steps + step, model)
+
+    fine_tune(student, train, equal, settings.seed + 1, advance_further, bench.conditions)
     test = sample_scores(student, bench.splits["test"])
     selection = sample_scores(student, bench.splits["selection"])
     load_adapters(student, start)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from eas_search.architectures import AttentionSite, attention_sites, prove_sites
-from eas_search.conditions import AS_IT_IS, Conditions, computes_in_bf16, plain_is_faster
+from eas_search.conditions import AS_IT_IS, Conditions, computes_in_bf16, device_of, plain_is_faster
 from eas_search.cost_book import CostBook
 from eas_search.exceptions import ConfigError, UnsupportedModelError
 from eas_search.kept_adapters import KeptAdapters
@@ -147,7 +147,7 @@ class Workbench:
         import os
         import platform
 
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
         return {
             "device": str(device),

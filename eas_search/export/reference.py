@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from eas_search.conditions import device_of
 from eas_search.exceptions import StorageError
 from eas_search.export.files import REFERENCE
 from eas_search.export.forms import CacheKind, Form, Inputs, Rows, answer, arrange, cache_kinds, forms_of, generate
@@ -60,7 +61,7 @@ def record(student: Any, prompts: Mapping[str, Tensor], new_tokens: int = 4) -> 
         prompts: keyword arguments of `forward`; an encoder-decoder gets its start token when there is no decoder input.
         new_tokens: greedy tokens to record, where the student generates.
     """
-    device = next(student.parameters()).device
+    device = device_of(student)
     inputs = {name: tensor.cpu().contiguous() for name, tensor in prompts.items()}
     config = student.config
     reference = Reference(inputs, new_tokens=new_tokens, pad=_pad_token(config), device=device.type)

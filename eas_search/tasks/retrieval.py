@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from eas_search.conditions import device_of
 from eas_search.tasks.scores import class_match
 from eas_search.tasks.scoring import Batch, Scoring, logits_of
 
@@ -49,7 +50,7 @@ def score_matrix(model: nn.Module, texts: Batch, images: Tensor, batch_size: int
         batch_size: texts per forward pass.
     """
     model.eval()
-    device = next(model.parameters()).device
+    device = device_of(model)
     rows = []
     for image in images.split(1):
         pixels = image.to(device)

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from eas_search.architectures import AttentionSite
 from eas_search.architectures.recompose import ffn_of
+from eas_search.conditions import device_of
 from eas_search.export.files import constructor_options
 from eas_search.export.formats.plain import (
     Misfit,
@@ -118,7 +119,7 @@ def _tensors(target: Any, student: Any, merged: Any) -> dict[str, Tensor]:
 
 
 def _zeros(place: Tensor, merged: Any) -> Tensor:
-    return torch.zeros(place.shape, dtype=place.dtype, device=next(merged.parameters()).device)
+    return torch.zeros(place.shape, dtype=place.dtype, device=device_of(merged))
 
 
 def _ffn(target: Any, merged: Any, site: AttentionSite, have: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from eas_search.conditions import device_of
 from eas_search.exceptions import UnsupportedModelError
 from eas_search.export.formats.base import Format, Verdict
 from eas_search.export.forms import Form, Inputs
@@ -68,7 +69,7 @@ def trace(merged: Any, prompts: Mapping[str, Tensor]) -> tuple[ExportedProgram, 
     tokens = prompts["input_ids"].shape if "input_ids" in prompts else None
     dims = [dict.fromkeys(range(2 if prompts[name].shape == tokens else 1), Dim.AUTO) for name in names]
     module = Prefill(merged, names)
-    device = next(merged.parameters()).device
+    device = device_of(merged)
     values = tuple(prompts[name].to(device) for name in names)
     with torch.no_grad():
         outputs = list(module.outputs(*values))
