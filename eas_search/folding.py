@@ -127,8 +127,8 @@ class FoldedFfn(nn.Module):
         self.pool: nn.Linear | None = None
         self.spread: nn.Linear | None = None
 
-    def forward(self, u: Tensor, session: PoolSession, residual: Tensor | None) -> Tensor:
-        """residual + FFN(u), both [B, n, d]; FFN(u) alone without a residual.
+    def forward(self, u: Tensor, session: PoolSession, residual: Tensor | None, scale: Tensor | None = None) -> Tensor:
+        """residual + FFN(u), both [B, n, d]; FFN(u) alone without a residual; `scale` [B, n, 1]: of s ⊙ u.
 
         Without gradients the wide activations are written as seldom as possible: their traffic, not the arithmetic, is
         what a merged layer could cost over a plain one.
@@ -138,25 +138,27 @@ class FoldedFfn(nn.Module):
         *first, out = [parts[name] for name in self.names]
         in_place, lift = not torch.is_grad_enabled(), None
         if (pool := parts.get("pool")) is not None:
-            shift = session.mean("fold.pool", u, pool.weight, parts["spread"])
+            shift = session.mean("fold.pool", u, pool.weight, parts["spread"], scale)
             if shift.shape[-1] > u.shape[-1]:
                 shift, lift = shift.chunk(2, dim=-1)
-            u = u + shift
+            u = u + shift if scale is None else torch.addcmul(shift, u, scale)
+        elif scale is not None:
+            u = u * scale
         hidden = [layer(u) for layer in first]
         value = self.activation(hidden[0])
         if len(hidden) == 2:
             value = value.mul_(hidden[1]) if in_place and value is not hidden[0] else value * hidden[1]
         if residual is None:
             return out(value)
+        if lift is not None:
+            residual = residual + lift
         # The product accumulates onto the residual stream: one pass less, but over one token the calls cost more.
         if out.bias is None and residual.shape[-2] > 1:
-            y = torch.addmm(residual.flatten(0, -2), value.flatten(0, -2), out.weight.T).view(residual.shape)
-        else:
-            y = out(value)
-            y = y.add_(residual) if in_place else y + residual
-        if lift is None:
-            return y
-        return y.add_(lift) if in_place else y + lift
+            y, product = residual.flatten(0, -2), (value.flatten(0, -2), out.weight.T)
+            y = y.addmm_(*product) if in_place and lift is not None else torch.addmm(y, *product)
+            return y.view(residual.shape)
+        y = out(value)
+        return y.add_(residual) if in_place else y + residual
 
 
 def constant_gate(activation: Callable[[Tensor], Tensor]) -> float:

@@ -29,10 +29,10 @@ def own_head(student: nn.Module) -> None:
 
 def copy_head(source: nn.Module, target: nn.Module) -> None:
     """Give a student the trained head of another student of the same model."""
-    theirs, mine = dict(source.named_parameters()), dict(target.named_parameters())
     with torch.no_grad():
         for name in head_names(target):
-            mine[name].copy_(theirs[name])
+            theirs, mine = (getattr(*_place(tree, name)) for tree in (source, target))
+            mine.copy_(theirs)
 
 
 def settle_head(merged: nn.Module, dtype: torch.dtype) -> None:

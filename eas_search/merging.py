@@ -45,7 +45,10 @@ class MergedBlock(StudentBlock):
 
     def transform(self, x: Tensor, session: PoolSession) -> Tensor:
         """See the class."""
-        u = self.normalise(x)
+        # With nothing beside the FFN, that takes the factor and multiplies only once, where it adds its pooled term.
+        alone = self.thin_ffn is None and self.thin_stream is None
+        scale = self.normalise.scale(x) if alone else None
+        u = x if scale is not None else self.normalise(x)
         y = x if self.thin_stream is None else x + self.thin_stream(u, session, "stream")
         v = u
         if self.thin_ffn is not None:
@@ -54,8 +57,8 @@ class MergedBlock(StudentBlock):
         pattern = self.eas_site.pattern
         ffn = getattr(self, folded_name(pattern.ffn))
         if pattern.post_ffn:  # a norm between the FFN and the residual stream
-            return y + self.leave(ffn(v, session, None))
-        return ffn(v, session, y)
+            return y + self.leave(ffn(v, session, None, scale))
+        return ffn(v, session, y, scale)
 
 
 class MergedResidualBlock(StudentBlock):

@@ -95,10 +95,13 @@ class Pia(nn.Module):
     def static_up(self) -> tuple[Tensor, Tensor]:
         """(scale · Σ w_k B_k, scale · Σ w_k b_k), [d, r] and [d]; only the static router has constant weights."""
         assert self.router_weight is None, "a routed PIA has no constant up-projection"
-        w = torch.softmax(self.router_bias / self.shape.temperature, dim=-1) * self.shape.scale
+        w = torch.softmax(self.router_bias / self.shape.temperature, dim=-1)[1]
         first, second = self.experts()
-        weight = w[0] * first.weight + w[1] * second.weight  # thinner than their dense forms
-        return _dense(weight, first.groups), w[0] * first.bias + w[1] * second.bias
+        # Mixed before they are made dense: that is less to compute.
+        weight, bias = torch.lerp(first.weight, second.weight, w), torch.lerp(first.bias, second.bias, w)
+        if self.shape.scale != 1.0:
+            weight, bias = weight * self.shape.scale, bias * self.shape.scale
+        return _dense(weight, first.groups), bias
 
     def forward(self, x: Tensor, session: PoolSession, key: str = "pia", other: Tensor | None = None) -> Tensor:
         """Δ for the normalised tokens `x` [B, n, d]; `key` names this PIA within its site. Returns [B, n, d].

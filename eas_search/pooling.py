@@ -62,15 +62,21 @@ class PoolSession:
         return replace(self, mask=self.scratch["spared"], scratch=weights).mean(key, x, weight)
 
     def mean(
-        self, key: str, x: Tensor, weight: Tensor | None = None, then: Callable[[Tensor], Tensor] | None = None
+        self,
+        key: str,
+        x: Tensor,
+        weight: Tensor | None = None,
+        then: Callable[[Tensor], Tensor] | None = None,
+        scale: Tensor | None = None,
     ) -> Tensor:
-        """Mean over tokens of W x_t.
+        """Mean over tokens of W x_t, or of W (s_t x_t).
 
         Args:
             key: name of this mean within the site.
             x: [B, n, d] tokens.
             weight: W, [q, d]; None for the identity.
             then: applied to the mean; of one that stays the same for all later tokens, its result is what is kept.
+            scale: s, [B, n, 1]; None: ones.
 
         Returns:
             [B, 1, q] for `prompt` and `all`; [B, n, q] for `prefix` (mean up to each token) and `none` (the token
@@ -80,6 +86,8 @@ class PoolSession:
         if state is not None and state.count is None:  # while decoding nothing is left to do
             return state.value
         then = then or _as_it_is
+        if scale is not None and self.mode in ("none", "prefix"):
+            x = x * scale
         if self.mode == "none":
             return then(x if weight is None else F.linear(x, weight))
         if self.refusal:
@@ -91,7 +99,7 @@ class PoolSession:
             return then(self._running(key, x if weight is None else F.linear(x, weight), state))
         # The mean comes first: one token per sample then meets the weight. In half precision its rounding would reach
         # all tokens.
-        value = self._mean_of_tokens(x)
+        value = self._mean_of_tokens(x, scale)
         if weight is not None:
             precise = _accumulator(x)
             value = F.linear(value.to(precise), weight.to(precise)).to(x.dtype)
@@ -100,12 +108,17 @@ class PoolSession:
             self.states[key] = PoolState(value)
         return value
 
-    def _mean_of_tokens(self, x: Tensor) -> Tensor:
+    def _mean_of_tokens(self, x: Tensor, scale: Tensor | None) -> Tensor:
         if self.mask is None:
-            return x.mean(dim=1, keepdim=True)
-        weights = self.scratch.get("weights")
-        if weights is None:
-            weights = self.scratch["weights"] = _weights(self.mask, x)
+            if scale is None:
+                return x.mean(dim=1, keepdim=True)
+            weights = scale.transpose(1, 2) / x.shape[1]
+        else:
+            weights = self.scratch.get("weights")
+            if weights is None:
+                weights = self.scratch["weights"] = _weights(self.mask, x)
+            if scale is not None:
+                weights = weights * scale.transpose(1, 2)
         # A batched product reads x once; multiplying by the weights and summing would write a copy of it.
         return torch.bmm(weights.to(x), x)
 

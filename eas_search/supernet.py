@@ -155,7 +155,8 @@ class Supernet:
 def _copy_light_adapters(source: Any, target: Any) -> None:
     """Copy a new head, and the adapters of all attentions that are kept in both students, switchable or not."""
     copy_head(source, target)
-    copy_lora(source, target)
+    if source.eas.config.adapter == "lora":
+        copy_lora(source, target)
     for site in source.eas.sites:
         theirs, mine = (_module(tree, site.name) for tree in (source, target))
         if isinstance(theirs, AdaptedAttention) and isinstance(mine, AdaptedAttention):

@@ -17,8 +17,9 @@ from eas_search.models.calling import without_cache
 from eas_search.reuse import reusing
 
 Teacher = Callable[[dict[str, Tensor]], Tensor]
-# Per forward pass when samples are scored; the logits, 1 GiB in float32, are the largest tensor of a search.
-SCORED_TOKENS, SCORED_LOGITS = 2**14, 2**28
+# Per forward pass when samples are scored. Of more samples even a small model's activations leave a processor's cache:
+# the demo takes 28 % longer with 200. The logits, 1 GiB in float32, are the largest tensor of a search.
+SCORED_SAMPLES, SCORED_TOKENS, SCORED_LOGITS = 100, 2**14, 2**28
 
 
 class FineTuneConfig(BaseModel):
@@ -146,7 +147,7 @@ def sample_scores(
 ) -> Tensor:
     """Scores of all samples of an encoded split by the task's metric, [N], in the split's order, higher is better.
 
-    They are bool where an answer is right or wrong, else floating point from 0 to 1. `batch_size` None: at most 200
+    They are bool where an answer is right or wrong, else floating point from 0 to 1. `batch_size` None: at most 100
     samples, fewer where texts are long or the vocabulary is large.
     """
     batch_size = batch_size or _scored_at_once(model, split.tokens)
@@ -164,7 +165,7 @@ def _scored_at_once(model: Any, tokens: int) -> int:
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     logits = tokens * int(getattr(text, "vocab_size", None) or 1)
-    return max(1, min(200, SCORED_TOKENS // tokens, SCORED_LOGITS // logits))
+    return max(1, min(SCORED_SAMPLES, SCORED_TOKENS // tokens, SCORED_LOGITS // logits))
 
 
 @torch.no_grad()

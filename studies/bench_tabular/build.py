@@ -47,7 +47,8 @@ def open_bench(config: dict[str, Any], table: dict[str, Any]) -> tuple[Workbench
     samples = {name: config[name] for name in SPLITS}
     load_plugins([str(HERE / "families.py")])
     task = table.get("task", config["task"])
-    settings = SearchSettings(model=config["model"], task=task, seed=table["seed"], samples=samples)
+    space = {"towers": table.get("towers", ["text"])}
+    settings = SearchSettings(model=config["model"], task=task, seed=table["seed"], samples=samples, space=space)
     bench = Workbench.open(settings)
     student = bench.space.student.model_copy(update={"pia_dim": table["pia_dim"]})
     with seeded(settings.seed):
@@ -78,13 +79,17 @@ def score_chunk(config: dict[str, Any], table: dict[str, Any], free: int, work: 
     bench, supernet = _opened[0]
     samples = list(bench.splits[split].batches(config["chunk"]))[start // config["chunk"]]
     supernet.model.eval()
-    with as_tree(supernet, free) as tree:
-        tree.expect(samples["labels"])
-        supernet.model(**samples, use_cache=False)
-        right = tree.right.numpy()
+    others, right = [supernet.host(site) for site in supernet.sites if site.tower != "text"], []
+    with as_tree(supernet, free - len(others)) as tree:
+        for number in range(2 ** len(others)):  # the decoder's whole tree for every skip set of the other towers
+            for bit, host in enumerate(others):
+                host.skipping = bool(number >> bit & 1)
+            tree.expect(samples["labels"])
+            supernet.model(**samples, use_cache=False)
+            right.append(tree.right.numpy())
     temporary = file.with_suffix(".tmp")
     # Packed along the sets; safetensors takes an array's memory as it lies, whatever its strides say.
-    save_file({"right": np.ascontiguousarray(np.packbits(right, axis=1))}, temporary)
+    save_file({"right": np.ascontiguousarray(np.packbits(np.concatenate(right, axis=1), axis=1))}, temporary)
     temporary.rename(file)
 
 
@@ -130,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     config = load_config(HERE)
     parser.add_argument("--table", choices=list(config["tables"]), default=next(iter(config["tables"])))
-    parser.add_argument("--free", type=int, default=12, help="only the last FREE layers may be skipped: 2^FREE sets")
+    parser.add_argument("--free", type=int, default=12, help="only the last FREE sites may be skipped: 2^FREE sets")
     parser.add_argument("--output", type=Path, default=HERE, help="whose results folder gets the table")
     options = parser.parse_args()
     table, begin = config["tables"][options.table], time.perf_counter()
@@ -151,9 +156,10 @@ def main() -> None:
     check(bench, supernet, right, config["checked_sets"], options.free)
     content = {
         "seed": table["seed"],
-        "table": {**table, "name": options.table, "free": options.free, "latency_per_site": config["latency_per_site"]},
+        "table": {"latency_per_site": config["latency_per_site"], **table, "name": options.table, "free": options.free},
         "samples": {split: config[split] for split in SPLITS},
         "sites": [site.name for site in bench.sites],
+        "towers": [site.tower for site in bench.sites],
         "rankings": metrics,
         "weights": digest(bench),
         "seconds": time.perf_counter() - begin,

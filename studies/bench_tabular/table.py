@@ -48,20 +48,25 @@ class Table:
         return int(self.record["table"]["free"])
 
     @property
-    def sizes(self) -> NDArray[np.int64]:
-        """How many sites every set skips, [2^L]."""
-        return np.array([number.bit_count() for number in range(len(self.right))])
+    def towers(self) -> list[str]:
+        """Of every site."""
+        return list(self.record.get("towers", ["text"] * len(self.record["sites"])))[-self.free :]
 
     @property
     def latency(self) -> NDArray[np.float64]:
-        """Of every set relative to the original model, [2^L]: linear in the number of skipped sites."""
-        return 1.0 - float(self.record["table"]["latency_per_site"]) * self.sizes
+        """Of every set relative to the original model, [2^L]: linear in the numbers of skipped sites of the towers."""
+        bits = np.arange(len(self.right))[:, None] >> np.arange(self.free) & 1
+        saved, latency = self.record["table"]["latency_per_site"], np.ones(len(self.right))
+        for tower in dict.fromkeys(self.towers):
+            count = bits[:, [other == tower for other in self.towers]].sum(axis=1)
+            latency = latency - count * (saved[tower] if isinstance(saved, dict) else saved)
+        return latency
 
     def space(self) -> SearchSpace:
         """The skip sets as a search space with one rank and one placement."""
         sites: Any = tuple(
-            SimpleNamespace(index=i, name=name, tower="text")
-            for i, name in enumerate(self.record["sites"][-self.free :])
+            SimpleNamespace(index=i, name=name, tower=tower)
+            for i, (name, tower) in enumerate(zip(self.record["sites"][-self.free :], self.towers, strict=True))
         )
         dims = (int(self.record["table"]["pia_dim"]),)
         return SearchSpace(sites, SpaceSettings(pia_dims=dims, placements=("parallel",)), SkipConfig(pia_dim=dims[0]))

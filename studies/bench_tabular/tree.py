@@ -25,7 +25,7 @@ class Tree(nn.Module):
 
     def __init__(self, supernet: Supernet, layers: nn.ModuleList, finish: nn.Module, free: int) -> None:
         super().__init__()
-        self.hosts = [supernet.host(site) for site in supernet.sites]
+        self.hosts = [supernet.host(site) for site in supernet.sites if site.tower == "text"]
         assert [*layers] == self.hosts, "every layer of the stack is a switchable site"
         self.finish, self.first_free = finish, len(self.hosts) - free
         self.right = torch.empty(0)
