@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from eas_search.architectures import (
     BlockPattern,
@@ -17,7 +18,7 @@ from eas_search.architectures import (
     register_pattern,
     resolve_skip,
 )
-from eas_search.architectures.norms import split_norm
+from eas_search.architectures.norms import Normalise, split_norm
 from eas_search.architectures.patterns import _registered as registered
 from eas_search.exceptions import ConfigError, UnsupportedModelError
 from eas_search.proof import prove_deletion
@@ -263,6 +264,19 @@ def test_a_norm_is_gain_times_normalised_plus_shift(kind: str, dtype: torch.dtyp
     rounding = 4 * max(torch.finfo(dtype).eps, 1e-15)
     torch.testing.assert_close(normalise(x).double(), expected, atol=rounding, rtol=rounding)
     torch.testing.assert_close(recomposed.double(), norm(x).double(), atol=4 * rounding, rtol=rounding)
+
+
+@pytest.mark.parametrize("length", [1, 6])
+def test_a_norm_in_one_pass_has_the_gradients_of_the_library_also_at_zero(length: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, length, 8, dtype=torch.float64)
+    x[0, 0] = 0.0  # where the norm of a vector has no derivative
+    x.requires_grad_()
+    normalise, direction = Normalise(1e-6, centred=False), torch.randn(2, length, 8, dtype=torch.float64)
+    (ours,) = torch.autograd.grad((normalise(x) * direction).sum(), x)
+    (theirs,) = torch.autograd.grad((F.rms_norm(x, (8,), eps=1e-6) * direction).sum(), x)
+    torch.testing.assert_close(ours, theirs)
+    assert normalise.scale(x.detach().bfloat16()) is None  # the factor alone would be rounded
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d(8), nn.LayerNorm(8, elementwise_affine=False), nn.Identity()], ids=str)

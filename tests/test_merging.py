@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from eas_search.exceptions import ConfigError, VerificationError
 from eas_search.export import load_pretrained, save_pretrained
 from eas_search.merging import MergedBlock, merge, verify_merge
+from eas_search.pooling import PoolSession
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import apply_skips
 
@@ -291,3 +292,13 @@ def test_a_pia_that_cancels_its_input_keeps_two_thin_products(
         # Reloaded, the structure is made before the weights are there.
         again = load_pretrained(save_pretrained(merged, tmp_path / pooling))
         same_model(again, merged, input_ids=tokens)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("mode", ["prompt", "all", "prefix", "none"])
+def test_a_mean_of_scaled_tokens_is_the_mean_of_their_products(mode: Any, masked: bool) -> None:
+    torch.manual_seed(0)
+    x, scale, weight = (torch.randn(*shape, dtype=torch.float64) for shape in ((3, 5, 8), (3, 5, 1), (2, 8)))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1], [0, 0, 0, 0, 0]]) if masked else None
+    scaled = PoolSession(mode, mask).mean("pool", x, weight, torch.tanh, scale)
+    torch.testing.assert_close(scaled, PoolSession(mode, mask).mean("pool", x * scale, weight, torch.tanh))

@@ -69,3 +69,17 @@ def test_finals_keep_one_set_of_each_size_when_these_are_clearly_best(table: Any
 def test_all_are_finalists_where_there_is_room(table: Any, judge: Any) -> None:
     tried = np.array([1, 3, 7])
     assert judge.finals(tried, table.space(), count=20, places=12).tolist() == [1, 3, 7]
+
+
+def test_every_tower_has_its_own_price(table: Any) -> None:
+    towers = ["text", "text", "vision", "text", "vision"]
+    record = {**table.record, "towers": towers}
+    record["table"] = {**record["table"], "latency_per_site": {"text": 0.03, "vision": 0.01}}
+    other = type(table)("made up", record, table.right)
+    price = {"text": 0.03, "vision": 0.01}
+    expected = [
+        1 - sum(price[tower] for bit, tower in enumerate(towers) if number >> bit & 1) for number in range(2**SITES)
+    ]
+    np.testing.assert_allclose(other.latency, expected)
+    assert len(set(other.latency.tolist())) == 4 * 3  # sets with equal counts have the very same latency
+    assert [site.tower for site in other.space().sites] == towers
