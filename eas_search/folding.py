@@ -154,9 +154,9 @@ class FoldedFfn(nn.Module):
             residual = residual + lift
         # The product accumulates onto the residual stream: one pass less, but over one token the calls cost more.
         if out.bias is None and residual.shape[-2] > 1:
-            y, product = residual.flatten(0, -2), (value.flatten(0, -2), out.weight.T)
-            y = y.addmm_(*product) if in_place and lift is not None else torch.addmm(y, *product)
-            return y.view(residual.shape)
+            stream = residual.flatten(0, -2)
+            add = stream.addmm_ if in_place and lift is not None else stream.addmm  # a sum with the lift is our own
+            return add(value.flatten(0, -2), out.weight.T).view(residual.shape)
         y = out(value)
         return y.add_(residual) if in_place else y + residual
 
