@@ -74,7 +74,7 @@ def order_seed(seed: int, repeat: int = 0) -> int:
     """Decides on which samples, in which order, the students of a study are trained: all of them on the same ones.
 
     What an order adds to every student thus falls out of all comparisons (common random numbers; measured in
-    `studies/trial_noise`: three fifths of the variance that it adds to the difference of two similar trials).
+    `studies/trial_noise`: two thirds of the variance that it adds to the difference of two similar trials).
     """
     return zlib.crc32(f"{seed}:{repeat}".encode())
 
