@@ -110,15 +110,12 @@ class PoolSession:
 
     def _mean_of_tokens(self, x: Tensor, scale: Tensor | None) -> Tensor:
         if self.mask is None:
-            if scale is None:
-                return x.mean(dim=1, keepdim=True)
-            weights = scale.transpose(1, 2) / x.shape[1]
-        else:
-            weights = self.scratch.get("weights")
-            if weights is None:
-                weights = self.scratch["weights"] = _weights(self.mask, x)
-            if scale is not None:
-                weights = weights * scale.transpose(1, 2)
+            return (x if scale is None else x * scale).mean(dim=1, keepdim=True)
+        weights = self.scratch.get("weights")
+        if weights is None:
+            weights = self.scratch["weights"] = _weights(self.mask, x)
+        if scale is not None:
+            weights = weights * scale.transpose(1, 2)
         # A batched product reads x once; multiplying by the weights and summing would write a copy of it.
         return torch.bmm(weights.to(x), x)
 
