@@ -140,6 +140,9 @@ def main() -> None:
     options = parser.parse_args()
     table, begin = config["tables"][options.table], time.perf_counter()
     bench, supernet = open_bench(config, table)
+    others = sum(site.tower != "text" for site in bench.sites)
+    if not others <= options.free <= len(bench.sites):
+        parser.error(f"--free is {options.free}; expected {others} to {len(bench.sites)} for table {options.table!r}")
     work = options.output / "work" / f"{options.table}-{options.free}-{digest(bench)}"
     work.mkdir(parents=True, exist_ok=True)
     prepare(bench, supernet, work / "adapters.safetensors")
