@@ -86,8 +86,8 @@ class PoolSession:
         if state is not None and state.count is None:  # while decoding nothing is left to do
             return state.value
         then = then or _as_it_is
-        if scale is not None and self.mode in ("none", "prefix"):
-            x = x * scale
+        if scale is not None and (self.mask is None or self.mode in ("none", "prefix")):
+            x, scale = x * scale, None  # else the weights of the mean take it
         if self.mode == "none":
             return then(x if weight is None else F.linear(x, weight))
         if self.refusal:
@@ -110,7 +110,7 @@ class PoolSession:
 
     def _mean_of_tokens(self, x: Tensor, scale: Tensor | None) -> Tensor:
         if self.mask is None:
-            return (x if scale is None else x * scale).mean(dim=1, keepdim=True)
+            return x.mean(dim=1, keepdim=True)
         weights = self.scratch.get("weights")
         if weights is None:
             weights = self.scratch["weights"] = _weights(self.mask, x)
