@@ -78,12 +78,15 @@ def predictor_stage(bench: Workbench, folder: StageFolder) -> LatencyPredictor:
         classes = bench.site_classes
         configs, latency = measured_configs(bench.space, classes), bench.settings.fit_latency
         rows, ratios, errors = list[Row](), list[float](), list[float]()
+        from_one = _is_the_original(bench, configs[0])
         for phases in islice(_passes(bench, configs), bench.settings.fit_passes):
             rows += [terms_of(config, classes) for config in configs]
             ratios += [phase.ratio.estimate for phase in phases]
             errors += [phase.error for phase in phases]
+            if from_one:
+                rows, ratios = [*rows, terms_of(configs[0], classes)], [*ratios, 1.0]
             noise = float(np.sqrt(np.mean(np.square(errors))))
-            fitted = fit_predictor(rows, ratios, latency.confidence, latency.process_sd, noise)
+            fitted = fit_predictor(rows, ratios, latency.confidence, latency.process_sd, noise, from_one=from_one)
             if fitted.standard_error <= PRECISE:
                 break
         content = {
@@ -94,6 +97,12 @@ def predictor_stage(bench: Workbench, folder: StageFolder) -> LatencyPredictor:
         folder.write("predictor", content, {})
     bench.predictor = LatencyPredictor.from_dict(content["predictor"])
     return bench.predictor
+
+
+def _is_the_original(bench: Workbench, nothing: SkipConfig) -> bool:
+    """Whether nothing is left of the adapters where nothing is skipped, but biases: they cost no time of their own."""
+    merged = merge(bench.student(nothing))
+    return list(map(type, merged.modules())) == list(map(type, bench.model.modules()))
 
 
 def _passes(bench: Workbench, configs: Sequence[SkipConfig]) -> Iterator[list[PhaseLatency]]:

@@ -157,6 +157,44 @@ def test_noise_that_fits_by_chance_is_not_believed() -> None:
     assert doubtful.standard_error > 10 * credulous.standard_error
 
 
+def test_what_all_ratios_of_a_run_share_is_not_believed() -> None:
+    """A timing of the original that is off by a few per cent moves every ratio, and no residual shows it."""
+    space, classes = make_space(12)
+    configs, noise, rng = measured_configs(space, classes), 0.03, np.random.default_rng(0)
+    nothing = configs[0]
+    rows, whole = [terms_of(config, classes) for config in configs], made_up(nothing)
+    asked = [space.config(range(count), dim, place) for count in (3, 6, 9) for dim in range(3) for place in range(2)]
+    truth = np.array([made_up(config) / whole for config in asked])
+    free, known, claimed = [], [], []
+    for _ in range(100):
+        times = np.array([made_up(config) / whole for config in configs]) * np.exp(rng.normal(0, noise, len(configs)))
+        ratios = (times / np.exp(rng.normal(0, noise))).tolist()
+        credulous = fit_predictor(rows, ratios, noise=noise * 2**0.5)
+        anchored = fit_predictor([*rows, rows[0]], [*ratios, 1.0], noise=noise * 2**0.5, from_one=True)
+        assert anchored.predict(rows[0])[0] == pytest.approx(1)
+        claimed.append(anchored.standard_error)
+        for found, predictor in ((free, credulous), (known, anchored)):
+            found.append([predictor.predict(terms_of(config, classes))[0] for config in asked] / truth - 1)
+    off = [float(np.sqrt(np.mean(np.square(found)))) for found in (free, known)]
+    assert off[1] < 0.6 * off[0]
+    assert off[0] > 0.9 * noise  # the original's timing alone is off by as much
+    assert off[1] < np.mean(claimed) < 2 * off[1]
+
+
+def test_the_interval_of_an_anchored_fit_covers_a_new_ratio() -> None:
+    """Of two new timings, the candidate's and the original's."""
+    rows = [{"base": 1.0, "a, ffn": float(count)} for count in (0, 0, 2, 5, 5, 9, 12)]
+    truth = np.array([1 - 0.03 * row["a, ffn"] for row in rows])
+    rng, inside = np.random.default_rng(1), []
+    for _ in range(400):
+        ratios = truth[1:] * np.exp(rng.normal(0, 0.02, len(rows) - 1) - rng.normal(0, 0.02))
+        predictor = fit_predictor(rows, [1.0, *ratios.tolist()], from_one=True)
+        _, low, high = predictor.predict({"base": 1.0, "a, ffn": 7.0})
+        inside.append(low <= 0.79 * float(np.exp(rng.normal(0, 0.02 * 2**0.5))) <= high)
+    assert stats.binomtest(sum(inside), len(inside)).proportion_ci(0.999).low < 0.95
+    assert stats.binomtest(sum(inside), len(inside)).proportion_ci(0.999).high > 0.95
+
+
 def test_the_reported_error_is_that_of_fits_that_did_not_see_the_point() -> None:
     rows = [{"base": 1.0, "a, ffn": float(count)} for count in (0, 2, 5, 5, 9, 12)]
     ratios = [1.0, 0.93, 0.83, 0.86, 0.69, 0.61]
@@ -213,8 +251,9 @@ def test_classes_are_towers_shapes_and_windows() -> None:
 
 
 @pytest.mark.parametrize(("noise", "passes"), [(0.001, 1), (0.3, 3)])
+@pytest.mark.parametrize("from_one", [False, True])
 def test_a_noisy_machine_is_measured_again(
-    noise: float, passes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    noise: float, passes: int, from_one: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     space, classes = make_space(12)
     settings = SearchSettings(fit_passes=3)
@@ -228,8 +267,10 @@ def test_a_noisy_machine_is_measured_again(
             yield [SimpleNamespace(ratio=SimpleNamespace(estimate=ratio), error=noise) for ratio in ratios]
 
     monkeypatch.setattr(prediction, "_passes", passes_of)
+    monkeypatch.setattr(prediction, "_is_the_original", lambda *_: from_one)
     fitted = prediction.predictor_stage(bench, StageFolder(tmp_path))
     assert calls == [9] * passes
-    assert len(fitted.errors) == 9 * passes
+    assert len(fitted.errors) == (9 + from_one) * passes  # each pass has timed the original, too
+    assert (fitted.predict(terms_of(space.config(()), classes))[0] == pytest.approx(1)) == from_one
     assert prediction.predictor_stage(bench, StageFolder(tmp_path)) == bench.predictor == fitted  # kept, not measured
     assert calls == [9] * passes
