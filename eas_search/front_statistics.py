@@ -1,8 +1,7 @@
 """How sure a comparison of points is: pure functions of arrays.
 
 Scores are [points, samples], from 0 to 1, higher is better, and every point is scored on the same samples: what one
-sample is harder than another cancels out of a difference. Figures of costs (latency ratios and the like) are smaller
-when better.
+sample is harder than another cancels out of a difference. Costs (latency ratios and the like) are smaller when better.
 """
 
 from __future__ import annotations
@@ -22,12 +21,13 @@ def paired_difference(
 
     With d the N differences per sample, S = Σ d and Q = Σ d²,
 
-        S / (N + 2)  ±  z · sqrt( Q + 1 - S² / (N + 2) ) / (N + 2)
+        S / (N + 2)  ±  z · sqrt( Q + u² - S² / (N + 2) ) / (N + 2)
 
-    which is the McNemar-type interval of two matched proportions after half an observation was added to each of their
-    four cells (Agresti and Min, Simple improved confidence intervals for comparing matched proportions, Statistics in
-    Medicine 24, 2005), written so that it also takes scores between 0 and 1. Unlike Wald's it has a width when no
-    sample tells the two apart, and keeps its confidence when few do. The difference returned is the plain S / N.
+    which for right-or-wrong answers, u = 1, is the McNemar-type interval of two matched proportions after half an
+    observation was added to each of their four cells (Agresti and Min, Simple improved confidence intervals for
+    comparing matched proportions, Statistics in Medicine 24, 2005). Unlike Wald's it has a width when no sample tells
+    the two apart, and keeps its confidence when few do. Of other scores u is the range: likelihoods of .03 differ by
+    thousandths, and half an answer more or less would drown them. The difference returned is the plain S / N.
 
     Args:
         scores, others: [..., N]; leading dimensions are broadcast.
@@ -39,25 +39,26 @@ def paired_difference(
     Raises:
         ValueError: the numbers of samples differ, or there is none.
     """
+    difference, variance = mean_difference(scores, others)
+    count = np.shape(scores)[-1]
+    centre, half = difference * count / (count + 2), norm.ppf((1 + confidence) / 2) * np.sqrt(variance)
+    return difference, centre - half, centre + half
+
+
+def mean_difference(scores: ArrayLike, others: ArrayLike) -> tuple[FloatArray, FloatArray]:
+    """Mean difference of scores [..., N] on the same samples, and its variance with the added observations.
+
+    Both as in `paired_difference`, whose interval is ± z times the root of this variance.
+    """
     a, b = np.asarray(scores, dtype=np.float64), np.asarray(others, dtype=np.float64)
     count = a.shape[-1]
     if count != b.shape[-1] or count == 0:
         raise ValueError(f"{count} and {b.shape[-1]} samples, expected equally many and at least one")
-    differences = a - b
+    differences, unit = a - b, 1.0
+    if not all(((one == 0) | (one == 1)).all() for one in (a, b)):
+        unit = np.maximum(a.max(axis=-1), b.max(axis=-1)) - np.minimum(a.min(axis=-1), b.min(axis=-1))
     total, squares = differences.sum(axis=-1), (differences**2).sum(axis=-1)
-    centre = total / (count + 2)
-    half = norm.ppf((1 + confidence) / 2) * np.sqrt(squares + 1 - total * centre) / (count + 2)
-    return total / count, centre - half, centre + half
-
-
-def mean_difference(scores: ArrayLike, others: ArrayLike) -> tuple[float, float]:
-    """Mean difference of scores [N] on the same samples, and its variance with the cells' half observations.
-
-    Both as in `paired_difference`, whose interval is ± z times the root of this variance.
-    """
-    differences = np.asarray(scores, dtype=np.float64) - np.asarray(others, dtype=np.float64)
-    count, total = len(differences), float(differences.sum())
-    return total / count, (float((differences**2).sum()) + 1 - total**2 / (count + 2)) / (count + 2) ** 2
+    return total / count, (squares + unit**2 - total**2 / (count + 2)) / (count + 2) ** 2
 
 
 def lead_in_scores(scores: ArrayLike, confidence: float = CONFIDENCE) -> tuple[FloatArray, FloatArray]:
@@ -67,45 +68,29 @@ def lead_in_scores(scores: ArrayLike, confidence: float = CONFIDENCE) -> tuple[F
     return np.stack([pair[0] for pair in pairs], axis=1), np.stack([pair[1] for pair in pairs], axis=1)
 
 
-def lead_in_costs(costs: ArrayLike, low: ArrayLike, high: ArrayLike) -> tuple[FloatArray, FloatArray]:
-    """By how much point i is below point j in each cost, and the lower end of that lead's interval.
-
-    The interval [low, high] of a latency ratio is that of a *repeated* measurement, wider by √2 than one of the ratio
-    itself (see `latency.statistics.repeat_interval`); with half widths h the difference of two costs has the half width
-    sqrt((h_i² + h_j²) / 2). Ratios of one run share what disturbs the baseline, which makes it wider than need be.
-    Costs without a spread (low = high) are compared as they are.
-
-    Args:
-        costs, low, high: [points, costs], smaller is better.
-
-    Returns:
-        (lead, its lower end), each [costs, points, points].
-    """
-    values, half = np.asarray(costs, float).T, (np.asarray(high, float) - np.asarray(low, float)).T / 2
-    lead = values[:, None, :] - values[:, :, None]
-    return lead, lead - np.sqrt((half[:, :, None] ** 2 + half[:, None, :] ** 2) / 2)
-
-
 def dominance(
     scores: ArrayLike, costs: ArrayLike, confidence: float = CONFIDENCE
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Who dominates whom, by the estimates, and beyond the interval.
 
     i dominates j when it is at least as good in every objective and better in one; *beyond the interval* when moreover
-    in one objective the whole interval of its lead is above 0. Dominance without that is what noise can turn round.
+    the whole interval of its lead in accuracy is above 0. To be surely cheaper is not enough: of two points that are as
+    accurate as far as samples tell, the dearer one may be the more accurate, and then belongs to the front.
 
     Args:
         scores: [points, samples], on the same samples.
-        costs: [3, points, costs]: values, lower and upper ends of their intervals.
+        costs: [points, costs], smaller is better.
         confidence: of the intervals of score differences.
 
     Returns:
         Two [points, points] arrays; entry (i, j) says that i dominates j. NaN dominates nothing.
     """
-    both = zip(lead_in_scores(scores, confidence), lead_in_costs(*np.asarray(costs, float)), strict=True)
-    lead, low = (np.concatenate([accuracy[None], cost]) for accuracy, cost in both)
-    nominal = np.asarray((lead >= 0).all(axis=0) & (lead > 0).any(axis=0))
-    return nominal, np.asarray(nominal & (low > 0).any(axis=0))
+    lead, low = lead_in_scores(scores, confidence)
+    values = np.asarray(costs, dtype=np.float64)
+    saved = values[None, :, :] - values[:, None, :]
+    as_good = (lead >= 0) & (saved >= 0).all(axis=-1)
+    nominal = np.asarray(as_good & ((lead > 0) | (saved > 0).any(axis=-1)))
+    return nominal, np.asarray(nominal & (low > 0))
 
 
 def paired_bootstrap(scores: ArrayLike, resamples: int = 1000, seed: int = 0) -> FloatArray:

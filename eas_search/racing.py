@@ -41,7 +41,7 @@ class Candidates:
     Attributes:
         configs: their skip configurations.
         accuracy, variance: [candidates], shrunken accuracies, and how unsure they are.
-        costs: [3, candidates, costs], what is minimised, lower and upper ends of the intervals.
+        costs: [candidates, costs], what is minimised.
         change: standard deviation, in logits, of what the finals' fine-tuning will change for one and not for all.
     """
 
@@ -57,12 +57,12 @@ class Candidates:
         What a trial's few steps have not made of a configuration the finals' may: a poor one has far to go.
         """
         change = self.change * accuracy * (1 - accuracy)  # delta method, as in `shrink`
-        return most_promising(accuracy, variance + change**2, self.costs[0], count)
+        return most_promising(accuracy, variance + change**2, self.costs, count)
 
     def at(self, rows: list[int]) -> Candidates:
         """Some of them."""
         chosen = [self.configs[row] for row in rows]
-        return Candidates(chosen, self.accuracy[rows], self.variance[rows], self.costs[:, rows], self.change)
+        return Candidates(chosen, self.accuracy[rows], self.variance[rows], self.costs[rows], self.change)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def shrink(
     variance = mean_variance(accuracy, seen)
     bulk = np.flatnonzero(~collapsed(accuracy, variance))
     ours = [configs[row] for row in bulk.tolist()]
-    mean, deviation = Surrogate(Encoder(space, ()), ours, accuracy[bulk].tolist()).predict(ours)
+    share = np.broadcast_to(np.asarray(seen, dtype=np.float64), accuracy.shape)[bulk] / np.max(seen)
+    mean, deviation = Surrogate(Encoder(space, ()), ours, accuracy[bulk].tolist(), share=share).predict(ours)
     shrunken = accuracy.copy()
     shrunken[bulk] = sigmoid(mean)
     variance[bulk] = (deviation * shrunken[bulk] * (1 - shrunken[bulk])) ** 2
@@ -126,7 +127,7 @@ def race(
 
     Args:
         score: (candidate, start, end) to the scores of these samples.
-        costs: [3, candidates, costs], see `dominance`.
+        costs: [candidates, costs], see `dominance`.
         places: how many are wanted.
         ends: of the rounds, in samples.
 
@@ -134,14 +135,14 @@ def race(
         The scores of every candidate, fewer of those that dropped out.
     """
     confidence = 1 - (1 - CONFIDENCE) / len(ends)
-    scores = [np.empty(0) for _ in range(costs.shape[1])]
+    scores = [np.empty(0) for _ in costs]
     running = np.arange(len(scores))
     for start, end in zip([0, *ends], ends, strict=False):
         if len(running) <= places:
             break
         for row in running.tolist():
             scores[row] = np.concatenate([scores[row], np.asarray(score(row, start, end), dtype=np.float64)])
-        running = running[undominated(np.stack([scores[row] for row in running]), costs[:, running], confidence)]
+        running = running[undominated(np.stack([scores[row] for row in running]), costs[running], confidence)]
     return dict(enumerate(scores))
 
 
@@ -162,7 +163,7 @@ def winners(field: Candidates, raced: Mapping[int, FloatArray], places: int) -> 
     level, pace = accuracy[ahead].mean(), np.mean([raced[row] for row in ahead], axis=0)
     for row, values in raced.items():
         if len(values):
-            lead, unsure = mean_difference(values, pace[: len(values)])
+            lead, unsure = map(float, mean_difference(values, pace[: len(values)]))
             weight = variance[row] / (variance[row] + unsure)
             accuracy[row] += weight * (level + lead - accuracy[row])
             variance[row] *= 1 - weight

@@ -282,7 +282,10 @@ def show_result(result: SearchResult) -> None:
     console.print(table)
     verdict = headline(result.front, {"accuracy": baseline.accuracy}, result.summary["sites"], result.summary)
     console.print(verdict.replace("\u00a0", " "))
-    marks = {"undecided": "≈ another point is better, by no more than noise explains", "dominated": "↓ off the front"}
+    marks = {
+        "undecided": "≈ another point costs less and scores as well, but not surely better",
+        "dominated": "↓ off the front",
+    }
     for kind in shown["front"].unique():
         if kind in marks:
             console.print(f"{marks[kind]}.")

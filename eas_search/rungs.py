@@ -139,17 +139,19 @@ def with_latency(cost: Cost, latency: Callable[[SkipConfig], float]) -> Cost:
 
 
 def pack(scores: ArrayLike) -> str:
-    """Scores [N] from 0 to 1 as text: a bit per sample where all are 0 or 1, else a byte; nothing if one is NaN."""
+    """Scores [N] from 0 to 1 as text: a bit per sample where all are 0 or 1, else a float16; nothing if one is NaN."""
     values = np.asarray(scores, dtype=np.float64)
     if np.isnan(values).any():
         return ""
     binary = bool(np.isin(values, (0.0, 1.0)).all())
-    raw = np.packbits(values.astype(bool)) if binary else np.rint(255 * values).astype(np.uint8)
-    return f"{'bits' if binary else 'bytes'}:{len(values)}:{base64.b85encode(zlib.compress(raw.tobytes())).decode()}"
+    raw = np.packbits(values.astype(bool)) if binary else values.astype("<f2")
+    return f"{'bits' if binary else 'halves'}:{len(values)}:{base64.b85encode(zlib.compress(raw.tobytes())).decode()}"
 
 
 def unpack(text: str) -> NDArray[np.float64]:
-    """Inverse of `pack`; scores other than 0 and 1 come back within 1/510."""
+    """Inverse of `pack`; scores other than 0 and 1 come back within 1 / 2,000 of themselves."""
     kind, count, body = text.split(":", 2)
-    raw = np.frombuffer(zlib.decompress(base64.b85decode(body)), dtype=np.uint8)
-    return np.unpackbits(raw, count=int(count)).astype(np.float64) if kind == "bits" else raw / 255.0
+    raw = zlib.decompress(base64.b85decode(body))
+    if kind == "bits":
+        return np.unpackbits(np.frombuffer(raw, dtype=np.uint8), count=int(count)).astype(np.float64)
+    return np.frombuffer(raw, dtype="<f2").astype(np.float64)

@@ -7,13 +7,13 @@ import math
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.stats import norm, sem
+from scipy.stats import t as student_t
 
 from eas_search.front_statistics import (
     basic_interval,
     collapsed,
     dominance,
-    lead_in_costs,
     lead_in_scores,
     mean_variance,
     paired_bootstrap,
@@ -65,34 +65,61 @@ def test_paired_interval_covers_the_true_difference_and_is_narrower_than_unpaire
     assert (high - low).mean() < 0.8 * unpaired
 
 
-def test_leads_are_positive_for_the_better_point() -> None:
+def test_a_lead_is_positive_for_the_better_point() -> None:
     scores = np.array([[1, 1, 1, 0], [1, 0, 0, 0]], dtype=float)
     lead, low = lead_in_scores(scores)
     assert lead.tolist() == [[0, 0.5], [-0.5, 0]]
     assert low[0, 1] == pytest.approx(float(paired_difference(scores[0], scores[1])[1]))
-    costs = np.array([[0.8, 64.0], [0.9, 32.0]])
-    half = np.array([0.03, 0])
-    lead, low = lead_in_costs(costs, costs - half, costs + half)
-    assert lead[:, 0, 1] == pytest.approx([0.1, -32])
-    assert low[:, 0, 1] == pytest.approx([0.1 - 0.03, -32])  # sqrt((.03² + .03²) / 2); an exact cost has no interval
 
 
-def test_dominance_beyond_the_interval_needs_one_sure_lead_and_no_cost() -> None:
+def test_small_scores_are_told_apart_as_students_t_would() -> None:
+    """Likelihoods of about .03, a few thousandths apart, and the same scores ten times as large."""
+    rng = np.random.default_rng(0)
+    one = 1 / (30 * np.exp(rng.normal(0, 0.25, 400)))
+    other = one * np.exp(rng.normal(math.log(30 / 34), 0.05, 400))
+    for scale in (1.0, 10.0):
+        a, b = scale * other, scale * one
+        difference, low, high = paired_difference(a, b)
+        t = student_t.interval(0.95, 399, loc=(a - b).mean(), scale=sem(a - b))
+        assert difference == pytest.approx((a - b).mean())
+        # Half an observation more on either side, of at most the range, moves the ends by 1.96 ranges / 402 at most.
+        slack = scale * 1.96 * np.ptp([one, other]) / 402
+        assert (low, high) == pytest.approx(t, abs=slack)
+        assert high < 0
+
+
+def test_scores_in_steps_have_a_width_when_no_sample_tells_them_apart() -> None:
+    scores = np.resize([0.0, 0.3, 0.6, 1.0], 100)  # as of the VQA accuracy
+    assert paired_difference(scores, scores)[2] == pytest.approx(1.959964 / 102)
+
+
+def test_dominance_beyond_the_interval_needs_a_sure_lead_in_accuracy() -> None:
     good, same = np.repeat([1.0, 0.0], [90, 10]), np.repeat([1.0, 0.0], [89, 11])
     bad = np.repeat([1.0, 0.0], [60, 40])
     scores = np.stack([good, same, bad, same])
     latency = np.array([0.70, 0.71, 0.72, 0.90])[:, None]
-    nominal, beyond = dominance(scores, np.stack([latency, latency - 0.02, latency + 0.02]))
+    nominal, beyond = dominance(scores, latency)
     assert nominal.tolist() == [
         [False, True, True, True],
         [False, False, True, True],
         [False, False, False, False],
         [False, False, False, False],
     ]
-    # Neither one answer of a hundred nor a hundredth of the time is sure; thirty answers, or a fifth of the time, are.
-    assert beyond[0].tolist() == [False, False, True, True]
-    unknown = np.stack([latency, np.full_like(latency, np.nan), latency])
-    assert dominance(scores, unknown)[1][0].tolist() == [False, False, True, False]
+    # One answer of a hundred is not sure, however much time is saved; thirty are.
+    assert beyond[0].tolist() == [False, False, True, False]
+    assert not nominal[0, 0]
+    assert not dominance(scores, np.full_like(latency, np.nan))[0].any()
+    dear = np.concatenate([latency, latency[::-1]], axis=1)  # of two costs one favours each
+    assert not dominance(scores, dear)[0][0].any()
+
+
+@pytest.mark.parametrize("samples", [100, 400])
+def test_a_slower_point_that_is_truly_more_accurate_is_rarely_ruled_out(samples: int) -> None:
+    rng, lost, runs = np.random.default_rng(samples), 0, 1000
+    for _ in range(runs):
+        scores = answers(np.array([0.90, 0.91]), samples, rng)
+        lost += int(dominance(scores, [[0.7], [0.8]])[1][0, 1])
+    assert lost / runs <= 0.025
 
 
 def test_paired_bootstrap_redraws_the_same_samples_for_all_points() -> None:

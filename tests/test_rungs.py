@@ -59,12 +59,14 @@ def test_right_or_wrong_comes_back_exactly(scores: Any) -> None:
     assert unpack(pack(scores)).tolist() == [float(score) for score in scores]
 
 
-def test_other_scores_come_back_within_half_a_step_of_255_and_take_a_byte_at_most() -> None:
-    scores = np.random.default_rng(0).random(4000)
+@pytest.mark.parametrize("scale", [1.0, 0.03, 1e-3])
+def test_other_scores_come_back_within_a_two_thousandth_and_take_two_bytes_at_most(scale: float) -> None:
+    """Also small ones, as likelihoods are: a fixed step would swallow what tells two of them apart."""
+    scores = scale * (0.5 + np.random.default_rng(0).random(4000) / 2)
     text = pack(scores)
-    assert np.abs(unpack(text) - scores).max() <= 0.5 / 255 + 1e-12
-    assert len(text) < 4000 * 5 / 4 + 50  # five characters for four bytes
-    assert len(pack(scores > 0.5)) < 4000 / 8 * 5 / 4 + 50
+    assert np.abs(unpack(text) / scores - 1).max() <= 1 / 2000
+    assert len(text) < 2 * 4000 * 5 / 4 + 50  # five characters for four bytes
+    assert len(pack(scores > 0.75 * scale)) < 4000 / 8 * 5 / 4 + 50
     assert pack([0.5, float("nan")]) == ""
 
 

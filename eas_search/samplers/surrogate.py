@@ -113,6 +113,7 @@ class Surrogate:
         configs: what was tried.
         accuracies: their scores from 0 to 1; noisy.
         variances: of the prior; None: the likeliest ones.
+        share: of the samples on which each was scored, [n]; its noise is that much larger. None: all of them.
     """
 
     def __init__(
@@ -121,11 +122,14 @@ class Surrogate:
         configs: Sequence[SkipConfig],
         accuracies: Sequence[float],
         variances: Variances | None = None,
+        *,
+        share: Array | None = None,
     ) -> None:
         self.encoder, self.known = encoder, encoder(configs)
         y = logit(np.asarray(accuracies, dtype=float))
-        self.variances = variances or likeliest(self.known, y)
-        self.factor = _factor(self.known, y, self.variances)
+        share = np.ones(len(y)) if share is None else share
+        self.variances = variances or likeliest(self.known, y, share)
+        self.factor = _factor(self.known, y, self.variances, share)
         self.weights = cho_solve((self.factor, True), y)
 
     def predict(self, configs: Sequence[SkipConfig]) -> tuple[Array, Array]:
@@ -141,19 +145,19 @@ class Surrogate:
         return sigmoid(self.encoder(configs).covariance(self.known, self.variances) @ self.weights)
 
 
-def likeliest(known: Features, y: Array) -> Variances:
-    """The variances of `GRID` under which trials with the logits y [n] are most likely."""
+def likeliest(known: Features, y: Array, share: Array | float = 1.0) -> Variances:
+    """The variances of `GRID` under which trials with the logits y [n], of a `share` of the samples, are likeliest."""
 
     def likelihood(variances: Variances) -> float:
-        factor = _factor(known, y, variances)
+        factor = _factor(known, y, variances, share)
         return float(-0.5 * y @ cho_solve((factor, True), y) - np.log(factor.diagonal()).sum())
 
     return max(GRID, key=likelihood)
 
 
-def _factor(known: Features, y: Array, variances: Variances) -> Array:
+def _factor(known: Features, y: Array, variances: Variances, share: Array | float) -> Array:
     p = sigmoid(y)
-    return cholesky(known.covariance(known, variances) + np.diag(variances.noise / (p * (1 - p))), lower=True)
+    return cholesky(known.covariance(known, variances) + np.diag(variances.noise / (p * (1 - p)) / share), lower=True)
 
 
 def logit(p: Array) -> Array:

@@ -15,7 +15,7 @@ from eas_search.racing import CHANGE, Candidates, choose_finalists, shrink
 from eas_search.skip_config import SkipConfig
 from eas_search.stage_folder import StageFolder
 from eas_search.stages import baseline_scores
-from eas_search.study.frames import cost_intervals, front_frame, trials_frame
+from eas_search.study.frames import front_frame, trials_frame
 from eas_search.study.progress import Display
 from eas_search.study.workers import Workers
 from eas_search.supernet import Supernet
@@ -84,6 +84,6 @@ def shrunken_candidates(trials: pd.DataFrame, bench: Workbench) -> Candidates:
     seen = trials["stopped_at"].astype(float).fillna(len(bench.splits["validation"]))
     shrunken, variance = shrink(bench.space, configs, trials["accuracy"].to_numpy(dtype=float), seen.to_numpy())
     rows = np.flatnonzero(trials["state"] == "COMPLETE").tolist()
-    costs = cost_intervals(trials, bench.settings.objectives[1:])
+    costs = trials[list(bench.settings.objectives[1:])].to_numpy(dtype=float)
     change = CHANGE if bench.settings.final.steps > bench.settings.trial.steps else 0.0
     return Candidates(configs, shrunken, variance, costs, change).at(rows)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from optuna.study import Study
 from torch import Tensor
 
@@ -79,12 +78,6 @@ def pareto_front(study: Study) -> pd.DataFrame:
     return done[kept].sort_values(costs[0]).reset_index(drop=True)
 
 
-def cost_intervals(table: pd.DataFrame, costs: Sequence[str] = COSTS) -> NDArray[np.float64]:
-    """[3, rows, costs]: what is minimised, lower and upper ends; a cost without an interval is exact."""
-    ends = [[f"{name}{end}" if f"{name}{end}" in table else name for name in costs] for end in ("", "_low", "_high")]
-    return np.stack([table[columns].to_numpy(dtype=float) for columns in ends])
-
-
 def front_frame(
     finalists: Sequence[Finalist],
     figures: Mapping[int, Mapping[str, Any]],
@@ -96,7 +89,7 @@ def front_frame(
 
     `on_front` marks the non-dominated points by held-out accuracy and side-by-side latency. Column `front` says how
     sure that is: `front`, `dominated` (beyond the interval, see `front_statistics.dominance`), or `undecided` (another
-    point dominates it, but by no more than noise explains). `accuracy_change` is the difference to the baseline on the
+    point dominates it, but is not surely more accurate). `accuracy_change` is the difference to the baseline on the
     same held-out samples.
 
     Args:
@@ -130,9 +123,9 @@ def front_frame(
             }
         )
     front = pd.DataFrame(rows)
-    intervals = cost_intervals(front, costs)
-    front["on_front"] = non_dominated(front["accuracy"].to_numpy(), intervals[0])
-    _, beyond = dominance([finalist.scores.double().numpy() for finalist in finalists], intervals)
+    paid = front[list(costs)].to_numpy(dtype=float)
+    front["on_front"] = non_dominated(front["accuracy"].to_numpy(), paid)
+    _, beyond = dominance([finalist.scores.double().numpy() for finalist in finalists], paid)
     unsure = np.where(beyond.any(axis=0), "dominated", "undecided")
     front["front"] = np.where(front["on_front"], "front", unsure)
     front["chosen"] = False

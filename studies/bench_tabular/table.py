@@ -118,7 +118,7 @@ class Judge:
         validation, selection, _ = self.parts
         configs = [config_of(space, number) for number in numbers.tolist()]
         seen = np.full(len(numbers), len(validation))
-        costs = np.broadcast_to(self.latency[numbers][:, None], (3, len(numbers), 1))
+        costs = self.latency[numbers][:, None]
         field = Candidates(configs, *shrink(space, configs, self.validation[numbers], seen), costs)
         short = field.most_promising(field.accuracy, field.variance, max(count, places))
         if len(short) <= places:
