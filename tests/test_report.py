@@ -17,6 +17,8 @@ from plotly.offline import get_plotlyjs
 
 from eas_search.exceptions import StorageError
 from eas_search.report import figures, labels
+from eas_search.report.axes import Axes
+from eas_search.report.close_up import close_up
 from eas_search.report.front import hypervolume, knee_point, non_dominated
 from eas_search.report.headline import chosen_point, headline
 from eas_search.report.page import PageData, render_page, write_page
@@ -283,6 +285,39 @@ def test_page_requests_nothing(page: Reader) -> None:
     assert policy is not None
     assert "default-src 'none'" in policy
     assert "http" not in policy
+
+
+@pytest.mark.parametrize("axes", [Axes(), Axes(costs=("kv_bytes",))])
+def test_the_close_up_shows_what_keeps_most_of_the_score_and_its_bars(study: PageData, axes: Axes) -> None:
+    found = close_up(study.trials, study.front, study.baseline, axes)
+    assert found is not None
+    (left, right), (low, high) = found["x"], found["y"]
+    assert (left < right) == (axes.cost == "latency")  # less is further right
+    whole, kept = study.baseline["accuracy"], 0
+    for table, ends in ((study.trials[study.trials["state"] == "COMPLETE"], ("",)), (study.front, ("_low", "_high"))):
+        for row in table.to_dict("records"):
+            if row["accuracy"] < 0.9 * whole:
+                continue
+            kept += 1
+            assert all(low < row[f"accuracy{end}"] < high for end in ends)
+            x = [1 / row[f"latency{end}"] for end in ends]
+            x = x if axes.cost == "latency" else [row["kv_bytes"] / study.baseline["kv_bytes"]]
+            assert all(min(left, right) < one < max(left, right) for one in x)
+    assert 1 < kept < len(study.trials)
+    assert low > study.trials["accuracy"].min()
+
+
+def test_there_is_no_close_up_where_it_would_be_everything_or_nothing(study: PageData) -> None:
+    def buttons(data: PageData) -> int:
+        return sum(attrs.get("id") == "near" for _, attrs in Reader(render_page(data)).tags)
+
+    assert buttons(study) == 1
+    good = study.trials["accuracy"] >= 0.9 * study.baseline["accuracy"]
+    front = study.front[study.front["accuracy"] >= 0.9 * study.baseline["accuracy"]]
+    assert buttons(dataclasses.replace(study, trials=study.trials[good], front=front)) == 0
+    poor = study.front[study.front["accuracy"] < 0.9 * study.baseline["accuracy"]]
+    assert buttons(dataclasses.replace(study, front=poor)) == 0
+    assert buttons(dataclasses.replace(study, front=pd.DataFrame())) == 0
 
 
 def test_names_are_never_markup(study: PageData) -> None:

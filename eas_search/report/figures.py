@@ -42,7 +42,7 @@ def trade_off(
     line = {"color": theme.muted, "width": 1.2, "dash": "dash"}
     figure.add_hline(y=accuracy, line=line, layer="below")
     figure.add_vline(x=1.0, line=line, layer="below")
-    done = _measured(trials)
+    done = measured(trials)
     if not done.empty:
         figure.add_trace(_trial_points(done, baseline, sites, theme, axes))
     if not front.empty:
@@ -109,7 +109,7 @@ def progress(trials: pd.DataFrame, theme: Theme = LIGHT) -> go.Figure:
 
 def best_by_count(trials: pd.DataFrame, sites: Sites, theme: Theme = LIGHT, score: str = "accuracy") -> go.Figure:
     """Validation score against the number of skipped sites: every trial, and the best for each number."""
-    done = _measured(trials)
+    done = measured(trials)
     counts = done["skip"].map(len)
     best = done.groupby(counts)["accuracy"].max()
     figure = go.Figure(layout=layout(theme, height=320))
@@ -197,7 +197,7 @@ def _finalists(
     )
 
 
-def _measured(trials: pd.DataFrame) -> pd.DataFrame:
+def measured(trials: pd.DataFrame) -> pd.DataFrame:
     """The trials that have both objectives; failed and running ones have not, stopped ones have estimates."""
     if trials.empty:
         return trials

@@ -22,6 +22,7 @@ from plotly.offline import get_plotlyjs
 from eas_search.exceptions import StorageError
 from eas_search.report import figures, labels
 from eas_search.report.axes import Axes
+from eas_search.report.close_up import close_up
 from eas_search.report.headline import chosen_point, headline, loss_verdict
 from eas_search.report.skip_map import skip_map
 from eas_search.report.theme import DARK, LIGHT, Theme
@@ -77,6 +78,7 @@ def render_page(data: PageData) -> str:
     done = [] if data.trials.empty else data.trials[data.trials["state"] == "COMPLETE"].to_dict("records")
     points = {str(row["number"]): _payload(row, data, held_out=False) for row in done}
     points |= {str(row["number"]): _payload(row, data, held_out=True) for row in rows}
+    near = close_up(data.trials, data.front, data.baseline, Axes.of(data.summary))
     return environment.get_template("page.html.j2").render(
         data=data,
         headline=headline(data.front, data.baseline, len(data.sites), data.summary),
@@ -87,7 +89,9 @@ def render_page(data: PageData) -> str:
         selected=points[str(chosen["number"])] if chosen else None,
         rows=rows,
         plots=light,
+        near=near,
         payload={
+            "near": near,
             "points": points,
             "selected": str(chosen["number"]) if chosen else None,
             "figures": {name: {"light": _plain(figure), "dark": _plain(dark[name])} for name, figure in light.items()},
