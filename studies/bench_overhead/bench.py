@@ -106,15 +106,8 @@ def at_many_trials(bench: Workbench, history: int, measured: int, seed: int) -> 
     space, settings = bench.space, bench.settings.model_copy(update={"budget": history + measured})
     sites, seconds = [site.index for site in bench.sites], {"sampler": list[float](), "all": list[float]()}
     with tempfile.TemporaryDirectory() as folder:
-        study, rng = create_study(settings, Path(folder), "many"), np.random.default_rng(seed)
-        known: dict[SkipConfig, TrialResult] = {}
-        while len(known) < min(history, space.size // 2):
-            chosen = rng.choice(sites, size=rng.integers(1, len(sites) + 1), replace=False).tolist()
-            config = space.config(
-                chosen, *(int(rng.integers(len(c))) for c in (space.choices.pia_dims, space.choices.placements))
-            )
-            known[config] = made_up(bench, config)
-        study.add_trials([_finished(bench, config, result) for config, result in known.items()])
+        study = create_study(settings, Path(folder), "many")
+        _remember(study, bench, history, seed)
         sampler = make_sampler(
             settings.sampler, space, list(map(float, sites)), seed, history, settings.supernet.bandit
         )
@@ -148,6 +141,33 @@ def at_many_trials(bench: Workbench, history: int, measured: int, seed: int) -> 
     return {name: values[1:] for name, values in seconds.items()}  # the first cycle includes the loop's start
 
 
+def optuna_alone(bench: Workbench, history: int, measured: int, seed: int) -> list[float]:
+    """Seconds per trial of asking and telling in the same storage, with random proposals and nothing else recorded."""
+    space, seconds = bench.space.distributions(), list[float]()
+    with tempfile.TemporaryDirectory() as folder:
+        study = create_study(bench.settings, Path(folder), "alone")
+        _remember(study, bench, history, seed)
+        study.sampler = optuna.samplers.RandomSampler(seed=seed)
+        with settled_heap():
+            for _ in range(measured):
+                with stopwatch() as watch:
+                    study.tell(study.ask(space), [0.5] * len(study.directions))
+                seconds.append(watch.seconds)
+    return seconds[1:]
+
+
+def _remember(study: optuna.Study, bench: Workbench, history: int, seed: int) -> None:
+    """Add random finished trials, none twice: as many as asked for, or half the space."""
+    space, rng, known = bench.space, np.random.default_rng(seed), dict[SkipConfig, TrialResult]()
+    sites = [site.index for site in bench.sites]
+    while len(known) < min(history, space.size // 2):
+        chosen = rng.choice(sites, size=rng.integers(1, len(sites) + 1), replace=False).tolist()
+        dims, placements = len(space.choices.pia_dims), len(space.choices.placements)
+        config = space.config(chosen, int(rng.integers(dims)), int(rng.integers(placements)))
+        known[config] = made_up(bench, config)
+    study.add_trials([_finished(bench, config, result) for config, result in known.items()])
+
+
 def _finished(bench: Workbench, config: SkipConfig, result: TrialResult) -> optuna.trial.FrozenTrial:
     return optuna.trial.create_trial(
         params=bench.space.to_params(config),
@@ -175,6 +195,7 @@ def main() -> None:
             predictor_stage(bench, StageFolder(Path(folder)))
     both = side_by_side(bench, supernet, ranking, size["rounds"], seed)
     own, rng = at_many_trials(bench, size["history"], size["measured"], seed), np.random.default_rng(seed)
+    own["optuna"] = optuna_alone(bench, size["history"], size["measured"], seed)
     shares = {
         name: mean_interval([100 * value / both["trial_s"] for value in values], rng) for name, values in own.items()
     }
@@ -184,8 +205,9 @@ def main() -> None:
     ratio = both["ratio"]
     table.add_row("toolkit / loop by hand, wall-clock", f"{ratio[0]:.3f}", f"{ratio[1]:.3f} – {ratio[2]:.3f}", "≤ 1.05")
     count = size["history"] + size["measured"]
-    for name, label, bar in (("sampler", "sampler", ""), ("all", "sampler, storage and progress", "≤ 2 %")):
-        mean, low, high = shares[name]
+    parts = {"sampler": "sampler", "all": "sampler, storage and progress", "optuna": "Optuna alone, random proposals"}
+    for name, label in parts.items():
+        (mean, low, high), bar = shares[name], "≤ 2 %" if name == "all" else ""
         table.add_row(f"{label}, of a trial at {count:,}", f"{mean:.2f} %", f"{low:.2f} – {high:.2f}", bar)
     Console().print(table)
     content = {"seed": seed, "quick": arguments.quick, "config": config, "sampler": settings.sampler}
