@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -206,15 +207,18 @@ def test_vqav2_is_read_as_it_is_written(tmp_path: Path) -> None:
     raw = json.loads((tmp_path / "v2_mscoco_val2014_annotations.json").read_text("utf-8"))["annotations"]
     asked = json.loads((tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json").read_text("utf-8"))["questions"]
     found = task.examples("validation")
-    assert [e.prompt for e in found] == [row["question"] for row in asked]
-    assert [str(e.image).rsplit("/", 1)[1] for e in found] == [
-        f"COCO_val2014_{row['image_id']:012d}.jpg" for row in raw
-    ]
+    questions = {row["question_id"]: row["question"] for row in asked}
+    shown = [(f"COCO_val2014_{row['image_id']:012d}.jpg", questions[row["question_id"]]) for row in raw]
+    assert len(set(shown)) == len(shown)
+    given = {(str(e.image).rsplit("/", 1)[1], e.prompt): e for e in found}
+    assert sorted(given) == sorted(shown)
+    assert len(given) == len(found)
     assert {e.group for e in found} == {"other", "yes/no", "number"}
     assert "1" in task.labels  # "one", written as a digit
     assert "one" not in task.labels
     assert task.labels[0] == halves(0)[0]  # the first answer that is given
-    for example, row in zip(found, raw, strict=True):
+    for pair, row in zip(shown, raw, strict=True):
+        example = given[pair]
         people = [answer["answer"].replace("one", "1") for answer in row["answers"]]
         for answer, score in example.worth:
             assert score == pytest.approx(min(1.0, 0.3 * people.count(answer)))
@@ -246,17 +250,35 @@ def test_vqav2_arrow_files_bring_their_classes(tmp_path: Path) -> None:
     data = TestVqaV2Arrow().make_data(tmp_path)
     task = get_task("vqav2", data)
     assert task.labels == ("yes", "no", "2", "red")
-    first = task.examples("validation")[0]
-    assert (first.prompt, first.worth) == ("what colour is 60 ?", (("yes", 1.0), ("no", pytest.approx(0.3))))
+    first = {e.prompt: e for e in task.examples("validation")}["what colour is 60 ?"]
+    assert first.worth == (("yes", 1.0), ("no", pytest.approx(0.3)))
     assert open_image(first.image).getpixel((0, 0)) == (60, 420 % 250, 90)
     assert len(task.examples("train")) + len(task.examples("test")) == 120
+
+
+def test_arrow_files_that_were_moved_are_split_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    TestVqaV2Arrow().make_data(tmp_path / "here")
+    shutil.copytree(tmp_path / "here", tmp_path / "there" / "copy")
+    monkeypatch.chdir(tmp_path)
+    places = [tmp_path / "here", Path("here"), tmp_path / "there" / "copy"]
+    held_out = [[e.prompt for e in get_task("vqav2", place).examples("test")] for place in places]
+    assert held_out[0] == held_out[1] == held_out[2] != []
+
+
+def test_a_sentence_may_hold_separators_of_lines(tmp_path: Path) -> None:
+    write_nlvr2(tmp_path, 12, 8)
+    file = tmp_path / "data" / "dev.json"
+    file.write_text(file.read_text("utf-8").replace("picture is", "picture\u2028is"), encoding="utf-8")
+    assert all("picture\u2028is" in e.prompt for e in get_task("nlvr2", tmp_path).examples("validation"))
 
 
 def test_a_model_made_for_the_same_answers_keeps_its_order(tmp_path: Path) -> None:
     task = get_task("vqav2", TestVqaV2Arrow().make_data(tmp_path))
     task.adopt_labels(["red", "2", "no", "yes"])
     assert task.labels == ("red", "2", "no", "yes")
-    split = task.encode(meter_words(), task.examples("validation", 1))
+    first = {e.prompt: e for e in task.examples("validation")}["what colour is 60 ?"]
+    split = task.encode(meter_words(), [first])
     assert split.tensors["labels"].tolist() == [pytest.approx([0.0, 0.0, 0.3, 1.0])]
 
 
@@ -264,12 +286,15 @@ def test_nlvr2_gives_both_pictures_in_their_order(tmp_path: Path) -> None:
     task = get_task("nlvr2", write_nlvr2(tmp_path, 12, 8))
     lines = [json.loads(line) for line in (tmp_path / "data" / "dev.json").read_text("utf-8").splitlines()]
     found = task.examples("validation")
-    assert [(e.prompt, e.answer) for e in found] == [(row["sentence"], row["label"]) for row in lines]
-    assert (found[0].image, found[0].others) == (
-        tmp_path / "images" / "dev" / "dev-12-0-img0.png",
-        (tmp_path / "images" / "dev" / "dev-12-0-img1.png",),
+    stems = [tmp_path / "images" / "dev" / row["identifier"].rpartition("-")[0] for row in lines]
+    assert sorted((e.prompt, e.answer, str(e.image), str(e.others[0])) for e in found) == sorted(
+        (row["sentence"], row["label"], f"{stem}-img0.png", f"{stem}-img1.png")
+        for row, stem in zip(lines, stems, strict=True)
     )
-    assert task.examples("train")[4].image == tmp_path / "images" / "train" / "1" / "train-4-0-img0.png"
+    assert all(len(e.others) == 1 for e in found)
+    assert str(stems[0]).endswith("dev/dev-12-0")
+    trained = [e.image for e in task.examples("train")]
+    assert tmp_path / "images" / "train" / "1" / "train-4-0-img0.png" in trained
     split = task.encode(meter_words(), found)
     assert split.tensors["pixel_values"].shape == (8, 2, 3, SIZE, SIZE)
     alone = meter_words().image_processor(images=[open_image(found[3].others[0])], return_tensors="pt")

@@ -442,6 +442,31 @@ def test_site_labels_are_unique_within_a_tower() -> None:
     assert labels.skip_text((3, 5, 6, 7), plain[3:]) == "3, 5–7"  # the first sites of the model were not searched
 
 
+def test_site_labels_count_layers_where_names_hold_further_numbers() -> None:
+    """T5 numbers the parts of a block as well; Swin's blocks start at 0 in every stage."""
+    names = [f"encoder.block.{i}.layer.0.SelfAttention" for i in range(24)]
+    names += [
+        f"decoder.block.{i}.layer.{j}.{kind}"
+        for i in range(24)
+        for j, kind in enumerate(("SelfAttention", "EncDecAttention"))
+    ]
+    sites = [{"index": i, "name": name, "tower": "text"} for i, name in enumerate(names)]
+    expected = [f"{i}a" for i in range(24)] + [f"{i}{letter}" for i in range(24) for letter in "bc"]
+    assert labels.site_labels(sites) == expected
+    assert labels.skip_text((1, 3, 5, 24, 27), sites) == "1a, 3a, 5a, 0b, 1c"
+    # Without the first decoder block's own attention its other one is still called as those below it.
+    assert labels.site_labels([*sites[:24], *sites[25:28]])[24:] == ["0b", "1c", "1b"]
+    swin = [
+        f"encoder.layers.{stage}.blocks.{i}.attention" for stage, blocks in enumerate((2, 3)) for i in range(blocks)
+    ]
+    rows = [{"index": i, "name": name, "tower": "image"} for i, name in enumerate(swin)]
+    assert labels.site_labels(rows) == ["0.0", "0.1", "1.0", "1.1", "1.2"]
+    assert labels.site_labels(rows[2:]) == ["0", "1", "2"]
+    many = [{"index": i, "name": f"layers.{k}.kind_{i % 40}", "tower": "text"} for k in (0, 1) for i in range(40)]
+    assert len(set(labels.site_labels(many))) == 80
+    assert all(label.isalnum() and label.isascii() for label in labels.site_labels(many))
+
+
 def test_sites_that_were_not_searched_have_no_place_on_the_page(study: PageData) -> None:
     moved = [{**site, "index": site["index"] + 4} for site in study.sites]
     front = study.front.assign(skip=[tuple(i + 4 for i in skip) for skip in study.front["skip"]])

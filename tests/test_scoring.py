@@ -56,7 +56,18 @@ def saying(*rows: list[int]) -> torch.Tensor:
         ("T2", "t2"),
         ("an X-Ray.", "x-ray"),
         ("3.5 %", "3.5 %"),
-        ("a", ""),
+        ("a", "a"),
+        ("The an.", "the an"),
+        ("?!", "?!"),
+        ("", ""),
+        ("-5", "-5"),
+        ("\u22125 mm.", "-5 mm"),
+        ("(-.5)", "-.5"),
+        (".5", ".5"),
+        ("5.", "5"),
+        ("- 5", "5"),
+        ("-left-", "left"),
+        ("3-5", "3-5"),
         ("left, upper", "left upper"),
     ],
 )
@@ -205,7 +216,8 @@ def test_letters_are_compared_at_their_place_and_words_as_text(tmp_path: Any) ->
         (tmp_path / f"{split}.json").write_text(json.dumps(records), encoding="utf-8")
     tokenizer = words()
     task = get_task("vqa", tmp_path)
-    split = task.encode(tokenizer, task.examples("train", 3))
+    asked = {example.prompt: example for example in task.examples("train")}
+    split = task.encode(tokenizer, [asked[ask] for ask, _ in talks])
     ids = {word: tokenizer.convert_tokens_to_ids(word) for word in ("A", "B", "C", "cat", "yes")}
     assert split.extras["position"].ne(0).tolist() == [True, False, True]
     assert split.extras["candidates"][0].tolist() == [ids["A"], ids["B"], -1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import random
 import shutil
 import socket
 from collections import Counter
@@ -23,8 +24,10 @@ from tiny_vision import draw_talks
 from eas_search.exceptions import ConfigError, TaskDataError
 from eas_search.tasks import get_task
 from eas_search.tasks.base import Split
+from eas_search.tasks.causal_lm import RUN
+from eas_search.tasks.order import by_digest, in_proportion
 from eas_search.tasks.science_columns import read_predictions, score_predictions
-from eas_search.tasks.splits import complete, split_named
+from eas_search.tasks.splits import complete, divided, split_named
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no sample data beside the repository")
@@ -76,9 +79,8 @@ def test_a_folder_with_a_file_per_split_is_taken_as_it_is(tmp_path: Path) -> Non
     for name, part in (("my_train.csv", ROWS[:10]), ("dev.jsonl", ROWS[10:16]), ("test-2.parquet", ROWS[16:])):
         write_table(tmp_path / name, part)
     task = get_task("text-classification", tmp_path)
-    assert [e.prompt for e in task.examples("train")] == [r["text"] for r in ROWS[:10]]
-    assert [e.prompt for e in task.examples("validation")] == [r["text"] for r in ROWS[10:16]]
-    assert [e.prompt for e in task.examples("test")] == [r["text"] for r in ROWS[16:]]
+    for split, part in (("train", ROWS[:10]), ("validation", ROWS[10:16]), ("test", ROWS[16:])):
+        assert sorted(e.prompt for e in task.examples(split)) == sorted(r["text"] for r in part)  # type: ignore[arg-type]
     assert task.notes == []
 
 
@@ -102,6 +104,101 @@ def test_what_belongs_together_is_never_separated_and_more_data_moves_nothing() 
         complete("t", {"train": ["a", "b", "a"]}, str)
     with pytest.raises(TaskDataError, match="no training examples"):
         complete("t", {"test": ["a"]}, str)
+
+
+def sorted_rows(kinds: tuple[str, ...], each: int) -> list[dict[str, Any]]:
+    return [{"text": f"{kind} text {i}", "label": kind} for kind in kinds for i in range(each)]
+
+
+def test_a_limit_takes_every_class_of_sorted_data_in_its_share(tmp_path: Path) -> None:
+    rows = [*sorted_rows(("good",), 600), *sorted_rows(("bad",), 200)]
+    write_table(tmp_path / "train.csv", rows)
+    write_table(tmp_path / "val.csv", [{**row, "text": f"val {row['text']}"} for row in rows])
+    write_table(tmp_path / "test.csv", [{**row, "text": f"test {row['text']}"} for row in rows])
+    task = get_task("text-classification", tmp_path)
+    for split in ("train", "validation", "test"):
+        for limit in (8, 99, 400, None):
+            found = Counter(e.answer for e in task.examples(split, limit))  # type: ignore[arg-type]
+            count = limit or 800
+            assert found["bad"] == pytest.approx(count / 4, abs=1)
+            assert found.total() == count
+    search, selection, _ = divided(task.examples("validation", 2000), 1000, 1000)
+    assert [Counter(e.answer for e in part)["bad"] for part in (search, selection)] == [100, 100]
+
+
+@pytest.mark.parametrize("name", ["text-classification", "multiple-choice", "vqa", "image-classification"])
+def test_what_a_limit_takes_does_not_depend_on_how_the_file_is_sorted(tmp_path: Path, name: str) -> None:
+    def row(kind: str, i: int) -> dict[str, Any]:
+        if name == "image-classification":
+            file = io.BytesIO()
+            Image.new("RGB", (4, 4), (i, kind == "good", 0)).save(file, "png")
+            return {"image": {"bytes": file.getvalue(), "path": None}, "label": kind}
+        if name == "text-classification":
+            return {"text": f"{kind} text {i}", "label": kind}
+        if name == "multiple-choice":
+            return {"question": f"{kind} {i} ?", "choices": ["good", "bad"], "answer": kind}
+        return talk(f"is it good or bad in {i} ?", kind)
+
+    rows = [row(kind, i) for kind in ("good", "bad") for i in range(200)]
+    mixed = random.Random(0).sample(rows, len(rows))
+    taken = []
+    for number, table in enumerate((rows, rows[::-1], mixed)):
+        suffix = "parquet" if name == "image-classification" else "jsonl"
+        task = get_task(name, write_table(tmp_path / f"{number}.{suffix}", table))
+        splits: tuple[tuple[Split, int], ...] = (("train", 60), ("validation", 20), ("test", 20))
+        taken.append([[(e.image, e.prompt, e.answer) for e in task.examples(s, limit)] for s, limit in splits])
+        assert taken[-1][0] == [(e.image, e.prompt, e.answer) for e in task.examples("train")][:60]
+    assert taken[0] == taken[1] == taken[2]
+    for part in taken[0]:
+        # Half of the data is good; drawn at random, a part is within four standard deviations of that.
+        share = sum(answer == "good" for *_, answer in part) / len(part)
+        assert share == pytest.approx(0.5, abs=4 * (0.25 / len(part)) ** 0.5)
+        assert len({answer for *_, answer in part}) == 2
+
+
+def test_equal_examples_do_not_stand_side_by_side() -> None:
+    values = ["same"] * 500 + [f"{i}" for i in range(500)]
+    found = by_digest(values, str)
+    assert sorted(found) == sorted(values)
+    assert 30 < found[:100].count("same") < 70  # four standard deviations of a hypergeometric draw are 19
+    assert found == by_digest(values[::-1], str)
+
+
+def test_classes_are_spread_evenly_and_keep_their_order() -> None:
+    assert in_proportion(["a1", "a2", "a3", "a4", "b1", "b2"], lambda text: text[0]) == [
+        "a1", "b1", "a2", "a3", "b2", "a4"
+    ]  # fmt: skip
+    assert in_proportion([], str) == []
+
+
+def test_of_plain_text_a_limit_takes_runs_from_all_over(tmp_path: Path) -> None:
+    for part in ("train", "val", "test"):
+        (tmp_path / f"{part}.txt").write_text("\n\n".join(f"{part} {i}" for i in range(40 * RUN)), encoding="utf-8")
+    task = get_task("causal-lm", tmp_path)
+    found = [int(e.answer.split()[1]) for e in task.examples("train", 10 * RUN)]
+    runs = [found[start : start + RUN] for start in range(0, len(found), RUN)]
+    assert all(run == list(range(run[0], run[0] + RUN)) for run in runs)
+    assert len({run[0] for run in runs}) == 10
+    assert min(found) < 10 * RUN
+    assert max(found) >= 30 * RUN
+    assert sorted(int(e.answer.split()[1]) for e in task.examples("train")) == list(range(40 * RUN))
+
+
+def test_an_example_that_is_alone_in_its_class_stays_in_training(tmp_path: Path) -> None:
+    for number in range(40):
+        rows = [*sorted_rows(("a", "b"), 100), {"text": f"rare text {number}", "label": "c"}]
+        task = get_task("text-classification", write_table(tmp_path / f"{number}.csv", rows))
+        assert [e.prompt for e in task.examples("train") if e.answer == "c"] == [f"rare text {number}"]
+        assert [len(task.examples(split)) for split in ("train", "validation", "test")] == [161, 20, 20]
+        assert task.encode(words(pair=True), task.examples("test")).tensors["labels"].max() < 2
+    # Where every class is small, each keeps one, and what can be spared is shared.
+    pairs = [f"{i}{half}" for i in range(12) for half in "xy"]
+    splits, _ = complete("t", {"train": pairs}, str, lambda text: text[:-1])
+    assert {text[:-1] for text in splits["train"]} == {str(i) for i in range(12)}
+    assert [len(splits[split]) for split in ("train", "validation", "test")] == [20, 2, 2]
+    with pytest.raises(TaskDataError, match=r"only 0 can be set apart without leaving a class without any") as caught:
+        complete("t", {"train": pairs}, str, str)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -171,15 +268,13 @@ def talk(*turns: str, **further: Any) -> dict[str, Any]:
 
 
 def test_every_pair_of_turns_is_a_sample_unless_only_the_first_is_wanted(tmp_path: Path) -> None:
-    records = [talk("<image>\nwhat ?", "dog", "big ?", "yes", id="1", kind=k) for k in ("a", "b", "c", "d")]
+    records = [talk("what ?", "dog", "big ?", "yes", id="1", kind=k) for k in ("a", "b", "c", "d")]
     (tmp_path / "train.json").write_text(json.dumps(records), encoding="utf-8")
     (tmp_path / "val.json").write_text(json.dumps([talk("is it ?", "no")]), encoding="utf-8")
     (tmp_path / "test.json").write_text(json.dumps([talk("was it ?", "no")]), encoding="utf-8")
     every = get_task("vqa", tmp_path, {"group_by": "kind"}).examples("train")
-    assert [(e.prompt, e.answer, e.group) for e in every[:3]] == [
-        ("what ?", "dog", "a"),
-        ("big ?", "yes", "a"),
-        ("what ?", "dog", "b"),
+    assert sorted((e.group, e.prompt, e.answer) for e in every) == [
+        (kind, *pair) for kind in "abcd" for pair in (("big ?", "yes"), ("what ?", "dog"))
     ]
     assert [e.answer for e in get_task("vqa", tmp_path, {"turns": "first"}).examples("train")] == ["dog"] * 4
 
@@ -195,6 +290,42 @@ def test_pictures_are_looked_for_beside_the_questions_or_where_the_option_says(t
         Image.new("L", (8, 8), i).save(tmp_path / "pictures" / f"{i}.png")
     task = get_task("vqa", tmp_path / "q", {"images": str(tmp_path / "pictures")})
     assert {e.image for e in task.examples("train")} < {tmp_path / "pictures" / f"{i}.png" for i in range(4)}
+
+
+def test_a_text_that_speaks_of_a_picture_must_have_one(tmp_path: Path) -> None:
+    image = tmp_path / "images" / "1.png"
+    image.parent.mkdir()
+    image.touch()
+
+    def first(**further: Any) -> Any:
+        (tmp_path / "train.json").write_text(json.dumps([talk("<image>\nwhat ?", "dog", id=0, **further)]), "utf-8")
+        (tmp_path / "val.json").write_text(json.dumps([talk("is it ?", "no")]), encoding="utf-8")
+        (tmp_path / "test.json").write_text(json.dumps([talk("was it ?", "no")]), encoding="utf-8")
+        return get_task("vqa", tmp_path).examples("train", 1)[0]
+
+    for given in ({"image": "1.png"}, {"images": ["1.png"]}, {"image": ["1.png"]}, {"images": "1.png"}):
+        assert first(**given).image == image
+    for given, said in (
+        ({}, r"record 0 of .*train.json' asks about an <image> but has None for 'image'; expected the name of"),
+        ({"image": "", "images": []}, r"asks about an <image> but has '' for 'image'; expected"),
+        ({"images": ["1.png", "2.png"]}, r"has \['1.png', '2.png'\] for 'images'; expected the name of one picture"),
+        ({"image": [{"path": "1.png"}]}, r"for 'image'; expected the name of one picture"),
+    ):
+        with pytest.raises(TaskDataError, match=said) as caught:
+            first(**given)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_line_ends_where_json_lines_says_so(tmp_path: Path) -> None:
+    """Separators of Unicode may stand within a JSON text; Windows' line ends may end one."""
+    records = [talk(f"what\u2028is\u2029this\x85 {i} ?", "dog") for i in range(12)]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    for number, end in enumerate(("\n", "\r\n")):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_bytes(end.join([*lines, ""]).encode())
+        task = get_task("vqa", file)
+        found = [e.prompt for split in ("train", "validation", "test") for e in task.examples(split)]  # type: ignore[arg-type]
+        assert sorted(found) == sorted(record["conversations"][0]["value"] for record in records)
 
 
 def test_two_files_for_one_split_are_refused(tmp_path: Path) -> None:
@@ -216,7 +347,9 @@ def test_published_annotations_in_llavas_format_are_read(tmp_path: Path) -> None
         path.touch()
     task = get_task("vqa", tmp_path)
     test = task.examples("test")
-    assert [e.answer for e in test] == [r["conversations"][1]["value"] for r in records]
+    assert sorted((e.image, e.answer) for e in test) == sorted(  # type: ignore[type-var]
+        (tmp_path / "images" / r["image"], r["conversations"][1]["value"]) for r in records
+    )
     assert {e.group for e in test} == {"OPEN", "CLOSED"}
     assert len(task.examples("train")) + len(task.examples("validation")) == 400
     pictures = [{e.image for e in task.examples(split)} for split in ("train", "validation")]
@@ -236,16 +369,18 @@ def test_published_annotations_in_llavas_format_are_read(tmp_path: Path) -> None
 )
 def test_scienceqa_prompts_follow_the_format_code(tmp_path: Path, code: str, asked: str, answered: str) -> None:
     task = get_task("scienceqa", write_scienceqa(tmp_path), {"prompt": code})
-    seventh = task.examples("train")[1]  # pid 2: four choices, the hint and no picture
+    asked_of = {e.prompt.split()[2]: e for e in task.examples("train")}  # "Question: question 2 ?"
+    seventh = asked_of["2"]  # four choices, the hint and no picture
     assert problem(2)["answer"] == 2
     assert seventh.prompt == (
         f"Question: question 2 ?\nContext: the old house\nOptions: (A) cat (B) dog (C) bird (D) tree{asked}\nAnswer:"
     )
     assert seventh.answer == answered
     assert seventh.group == "LAN TXT G1-6"
-    assert task.examples("train")[3].prompt.splitlines()[1] == "Context: the old house a red tree"  # with its caption
-    bare = get_task("scienceqa", tmp_path, {"captions": False}).examples("train")[3]
-    assert bare.prompt.splitlines()[1] == "Context: the old house"
+    assert asked_of["4"].prompt.splitlines()[1] == "Context: the old house a red tree"  # with its caption
+    bare = get_task("scienceqa", tmp_path, {"captions": False}).examples("train")
+    (fourth,) = (e for e in bare if e.prompt.split()[2] == "4")
+    assert fourth.prompt.splitlines()[1] == "Context: the old house"
 
 
 def test_scienceqa_parts_and_pictures(tmp_path: Path) -> None:
@@ -256,7 +391,8 @@ def test_scienceqa_parts_and_pictures(tmp_path: Path) -> None:
     assert all(e.image is None for e in with_picture)
     (tmp_path / "images").mkdir()
     shown = get_task("scienceqa", tmp_path).examples("train")
-    assert [e.image for e in shown[3:5]] == [tmp_path / "images" / "train" / "4" / "image.png", None]
+    pictures = {e.prompt.split()[2]: e.image for e in shown}
+    assert (pictures["4"], pictures["5"]) == (tmp_path / "images" / "train" / "4" / "image.png", None)
 
 
 def test_the_nine_columns_by_hand(tmp_path: Path) -> None:
@@ -335,6 +471,14 @@ def test_the_nine_columns_of_the_published_questions() -> None:
         ({"choices": ["1", "0"], "answer": "0"}, "0"),
         ({"choices": '["red", "blue"]', "answer": "1"}, "blue"),
         ({"choices": {"text": ["red", "blue", "green"], "label": ["A", "B", "C"]}, "answer": "C"}, "green"),
+        ({"choices": {"text": ["red", "blue", "green"], "label": ["1", "2", "3"]}, "answer": "2"}, "blue"),
+        ({"choices": {"text": ["red", "blue", "green"], "label": ["1", "2", "3"]}, "answer": 2}, "blue"),
+        ({"choices": {"text": ["2", "1", "0"], "label": ["A", "B", "C"]}, "answer": 2}, "0"),
+        ({"choices": {"text": ["3", "2", "1"], "label": ["1", "2", "3"]}, "answer": "3"}, "1"),
+        ({"choices": {"text": ["red", "blue", "green"]}, "answer": "C"}, "green"),
+        ({"choices": ["8", "2", "24", "120"], "answer": 2}, "24"),
+        ({"choices": [8, 2, 24, 120], "answer": 2}, "24"),
+        ({"choices": ["8", "2", "24", "120"], "answer": "2"}, "2"),
     ],
 )
 def test_answers_of_multiple_choice_rows(tmp_path: Path, row: dict[str, Any], right: str) -> None:
@@ -343,6 +487,24 @@ def test_answers_of_multiple_choice_rows(tmp_path: Path, row: dict[str, Any], ri
     example = task.examples("train", 1)[0]
     assert example.answer == right
     assert example.prompt.startswith("Long ago. ")
+
+
+def test_a_column_of_numbers_is_read_in_one_way(tmp_path: Path) -> None:
+    """Where all are texts, one that can be no position shows that they are meant so; what is neither is refused."""
+    rows = [{"question": f"{i} ?", "choices": [8, 2, 24, 120], "answer": (2, 120, 24, 8)[i % 4]} for i in range(12)]
+    task = get_task("multiple-choice", write_table(tmp_path / "texts.jsonl", rows))
+    found = {e.prompt: e.answer for split in ("train", "validation", "test") for e in task.examples(split)}  # type: ignore[arg-type]
+    assert found == {row["question"]: str(row["answer"]) for row in rows}
+    from_one = [{"question": f"{i} ?", "choices": ["red", "blue"], "answer": 1 + i % 2} for i in range(12)]
+    with pytest.raises(
+        TaskDataError, match=r"row 1 .* has answer '2', which names none of its 2 choices; expected a pos"
+    ):
+        get_task("multiple-choice", write_table(tmp_path / "one.jsonl", from_one)).examples("train")
+    labels = [{"question": "?", "choices": {"text": ["red", "blue"], "label": ["A"]}, "answer": "A"}]
+    with pytest.raises(
+        TaskDataError, match=r"has 2 choices with the labels \['A'\]; expected a list with one for each"
+    ):
+        get_task("multiple-choice", write_table(tmp_path / "labels.jsonl", labels)).examples("train")
 
 
 def test_choices_that_a_question_lacks_are_no_answers(tmp_path: Path) -> None:

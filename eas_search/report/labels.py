@@ -12,9 +12,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from statistics import mean, stdev
+from string import ascii_lowercase
 from typing import Any
 
 MISSING = "–"
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a dotted name
 _NBSP = "\u00a0"  # keeps a number and its unit on one line
 
 
@@ -115,18 +117,27 @@ def milliseconds(value: Any) -> str:
 def site_labels(sites: Sequence[Mapping[str, Any]]) -> list[str]:
     """One short label per site: the layer number in its dotted name, unique within its tower.
 
-    Two attentions of one layer (self and cross) become "3a" and "3b"; a name without a number keeps its
-    index.
+    A number that all sites of a kind share counts no layers ("block.3.layer.0" is 3); where several differ, all are
+    named ("layers.2.blocks.5" is 2.5). Two attentions of one layer (self and cross) become "3a" and "3b", and the same
+    letter stands for the same kind of attention in every layer; a name without a number keeps its index.
     """
-    found = [re.findall(r"(?<![^.])\d+(?![^.])", site["name"]) for site in sites]
-    keys = [
-        (site["tower"], digits[-1] if digits else str(site["index"])) for site, digits in zip(sites, found, strict=True)
-    ]
-    total, seen, labels = Counter(keys), Counter[tuple[Any, str]](), []
-    for key in keys:
-        labels.append(key[1] + (chr(ord("a") + seen[key]) if total[key] > 1 else ""))
-        seen[key] += 1
-    return labels
+    kinds = [(site["tower"], _NUMBER.sub("#", site["name"])) for site in sites]
+    numbers: dict[Any, list[list[str]]] = {}
+    for kind, site in zip(kinds, sites, strict=True):
+        numbers.setdefault(kind, []).append(_NUMBER.findall(site["name"]))
+    counting = {kind: [len(set(column)) > 1 for column in zip(*rows, strict=True)] for kind, rows in numbers.items()}
+    keys = []
+    for kind, site in zip(kinds, sites, strict=True):
+        found = _NUMBER.findall(site["name"]) or [str(site["index"])]
+        layer = [number for number, counts in zip(found, counting[kind], strict=False) if counts] or found[:1]
+        keys.append((site["tower"], ".".join(layer)))
+    total = Counter(keys)
+    letters: dict[Any, dict[Any, str]] = {}  # by tower, of the kinds that share a layer with another one
+    for key, kind in zip(keys, kinds, strict=True):
+        if total[key] > 1:
+            known = letters.setdefault(kind[0], {})
+            known.setdefault(kind, ascii_lowercase[len(known) % 26] * (1 + len(known) // 26))
+    return [key[1] + letters.get(kind[0], {}).get(kind, "") for key, kind in zip(keys, kinds, strict=True)]
 
 
 def skip_text(skip: Sequence[int], sites: Sequence[Mapping[str, Any]]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from eas_search.exceptions import TaskDataError
 from eas_search.tasks.base import Example, Task, require_examples
-from eas_search.tasks.texts import readable
+from eas_search.tasks.texts import prompt_options, readable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,7 +97,8 @@ def _image_token(processor: Any) -> str:
 def answer_ids(tokenizer: Any, prompt: str, answer: str) -> list[int]:
     """Tokens of the answer as they follow the prompt, and EOS."""
     joined = f"{prompt}{answer}" if prompt[-1:].isspace() else f"{prompt} {answer}"
-    before, both = (tokenizer(text).input_ids for text in (prompt, joined))
+    options = prompt_options(tokenizer, prompt)
+    before, both = (tokenizer(text, **options).input_ids for text in (prompt, joined))
     # Where a tokenizer merges across the boundary, or ends every text with a token, the answer is tokenized on its own.
     same = both[: len(before)] == before
     ids: list[int] = both[len(before) :] if same else tokenizer(answer, add_special_tokens=False).input_ids

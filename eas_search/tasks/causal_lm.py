@@ -1,8 +1,10 @@
 """`causal-lm`: plain language modelling on texts, packed into blocks of equal length.
 
 Texts are the paragraphs of .txt files or the rows of a table's column text. They are joined, each followed by the
-end-of-sequence token, and cut into blocks; the last block may be shorter. A limit counts texts, not blocks. The score
-of a block is one over its perplexity (see `scores.token_likelihood`); that of the corpus is reported with it.
+end-of-sequence token, and cut into blocks; the last block may be shorter. A limit counts texts, not blocks. It takes
+runs of texts that follow each other in the data, so that a block reads on where it can, from all over the data, so that
+it is not the first chapter alone. The score of a block is one over its perplexity (see `scores.token_likelihood`); that
+of the corpus is reported with it.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from eas_search.exceptions import TaskDataError
 from eas_search.models.options import Head
 from eas_search.skip_config import Pooling
 from eas_search.tasks.base import Example, Split, TaskOptions, require_examples
+from eas_search.tasks.order import in_runs
 from eas_search.tasks.sources import FileTask, column, read_rows
 from eas_search.tasks.texts import readable
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from eas_search.tasks.encoding import EncodedSplit
 
 BLOCK = 256
+RUN = 16  # texts that stay together; of paragraphs, several blocks
 ROOM = 32  # tokens that stay free of what a model can read, so that decoding can be timed behind a block
 
 
@@ -62,6 +66,10 @@ class CausalLm(FileTask):
     def key(self, example: Example) -> str:
         """Equal texts stay together."""
         return example.answer
+
+    def arranged(self, examples: Sequence[Example]) -> list[Example]:
+        """See `FileTask.arranged`."""
+        return in_runs(examples, self.content, RUN)
 
     def encode(self, processor: Any, examples: Sequence[Example]) -> EncodedSplit:
         """Blocks of tokens [N, n], every one of them its own label. N is the number of blocks, not of texts."""

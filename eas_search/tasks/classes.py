@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from eas_search.exceptions import TaskDataError
 from eas_search.skip_config import Pooling
 from eas_search.tasks.base import Example, Split
+from eas_search.tasks.order import in_proportion
 from eas_search.tasks.sources import FileTask
 
 
@@ -36,6 +37,14 @@ class ClassTask(FileTask):
         """See `Task.adopt_labels`."""
         if sorted(labels) == sorted(self.labels):
             self._labels = tuple(labels)
+
+    def kind(self, example: Example) -> str:
+        """See `FileTask.kind`."""
+        return example.answer
+
+    def arranged(self, examples: Sequence[Example]) -> list[Example]:
+        """See `FileTask.arranged`. Every limit gives the classes in their proportions, as nearly as it can."""
+        return in_proportion(super().arranged(examples), self.kind)
 
     def class_index(self, example: Example) -> int:
         """Position of the example's class. Raises TaskDataError for one that no training example has."""

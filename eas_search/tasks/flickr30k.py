@@ -69,6 +69,10 @@ class Flickr30k(FileTask):
         """See `FileTask.read`."""
         return {split: list(pooled(images, self.options.pool)) for split, images in self.captioned().items()}
 
+    def arranged(self, examples: Sequence[Example]) -> list[Example]:
+        """See `FileTask.arranged`. The order of the data set makes the pools, and is no order by content."""
+        return list(examples)
+
     def captioned(self) -> dict[Split, list[Captioned]]:
         """Every image with its captions, by split. Raises TaskDataError."""
         found = self._arrow() if any(self.place.glob("f30k_*.arrow")) else self._original()

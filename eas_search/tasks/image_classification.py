@@ -67,8 +67,7 @@ class ImageClassification(ClassTask):
         ]
         if not found:
             raise TaskDataError(f"folder '{folder}' has no pictures in subfolders; expected {self.layout}.")
-        # Class after class would leave most classes out of a limited number of examples.
-        return interleaved(found)
+        return found
 
     def _table(self) -> Mapping[Split, Sequence[Example]]:
         found: dict[Split, list[Example]] = {}
@@ -98,13 +97,3 @@ class ImageClassification(ClassTask):
 
 def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def interleaved(examples: Sequence[Example]) -> list[Example]:
-    """One example of every class in turn, as long as each has some; within a class in the order given."""
-    rank: dict[str, int] = {}
-    ranked = []
-    for example in examples:
-        rank[example.answer] = rank.get(example.answer, -1) + 1
-        ranked.append((rank[example.answer], example))
-    return [example for _, example in sorted(ranked, key=lambda pair: pair[0])]

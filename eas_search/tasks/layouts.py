@@ -29,7 +29,8 @@ def read_json(file: Path, source: str, lines: bool = False) -> Any:
     """Content of a JSON file, or the list of a file with one JSON value per line. Raises TaskDataError."""
     try:
         text = file.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
+        # Only "\n" ends a line: `splitlines` would also cut at separators that JSON texts may hold, such as U+2028.
+        return [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
     except (OSError, ValueError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise TaskDataError(f"file '{file}' cannot be read as JSON ({reason}); expected it from {source}.") from error

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from eas_search.exceptions import ConfigError, TaskDataError
 from eas_search.tasks.answers import AnswerTask, answer_ids
 from eas_search.tasks.base import SPLITS, Example, Split, limited
+from eas_search.tasks.order import by_digest
 from eas_search.tasks.splits import complete
+from eas_search.tasks.texts import prompt_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +57,8 @@ class LmEvalTask(AnswerTask):
             if not found["train"]:  # most tasks of the harness are for evaluation only
                 source: Split = "validation" if found["validation"] else "test"
                 found["train"], found[source] = found[source], []
-            self._splits, note = complete(self.name, found, lambda example: example.prompt)
+            parts, note = complete(self.name, found, lambda example: example.prompt)
+            self._splits = {part: by_digest(examples, _content) for part, examples in parts.items()}
             self.notes += [] if note is None else [note]
         return self._splits[split][: limited({s: len(e) for s, e in self._splits.items()}, split, limit)]
 
@@ -97,7 +100,7 @@ class LmEvalTask(AnswerTask):
         most = max(len(example.choices) for example in examples)
         rows = []
         for example, text in zip(examples, texts, strict=True):
-            prompt = tokenizer(text).input_ids
+            prompt = tokenizer(text, **prompt_options(tokenizer, text)).input_ids
             answers = [answer_ids(tokenizer, text, choice)[:-1] for choice in example.choices]
             rows += [(prompt, answer) for answer in answers] + [(prompt, [])] * (most - len(answers))
         longest = max(len(prompt) + len(answer) for prompt, answer in rows)
@@ -110,6 +113,10 @@ class LmEvalTask(AnswerTask):
             "choice_labels": labels.unflatten(0, (len(examples), most)),
             "choice": torch.tensor([example.choices.index(example.answer) for example in examples]),
         }
+
+
+def _content(example: Example) -> str:
+    return "\n".join(map(str, (example.prompt, example.choices, example.answer)))
 
 
 def lm_eval_task(name: str) -> type[LmEvalTask]:

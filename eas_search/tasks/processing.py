@@ -2,7 +2,8 @@
 
 LLaVA's gives one row per picture, [1, 3, H, W]. Others give one picture several rows (Qwen2-VL: its patches and their
 grid), or cut it into as many images as it needs (SmolVLM: [1, images, 3, H, W]); these get one sample at a time, so
-that it is known what belongs to which sample.
+that it is known what belongs to which sample. Some want to be told whose pictures they get (Gemma 3): what refuses one
+list of the pictures of two samples gets a list for each.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from eas_search.exceptions import TaskDataError
 from eas_search.tasks.image_files import open_image
 from eas_search.tasks.prompts import KINDS
+from eas_search.tasks.texts import prompt_options
 
 CHUNK = 256  # examples that the processor gets at once; bounds the memory of raw images
 PICTURE_DIMS = 4  # [pictures, 3, H, W]
@@ -52,14 +54,16 @@ def process(name: str, processor: Any, texts: Sequence[str], images: Sequence[An
     """
     pictured = [i for i, image in enumerate(images) if image is not None]
     plain = [i for i, image in enumerate(images) if image is None]
-    at_once = CHUNK
+    at_once, nested = CHUNK, False
     if pictured and not _has_plain_rows(_run(processor, [texts[pictured[0]]], [images[pictured[0]]])):
         at_once = 1
+    elif len(pictured) > 1:
+        nested = _counts_by_sample(processor, [texts[i] for i in pictured[:2]], [images[i] for i in pictured[:2]])
     done = Processed([[] for _ in texts])
     parts: dict[str, list[Tensor | None]] = {}
     for part in [*_chunks(pictured, at_once), *_chunks(plain, CHUNK)]:
         shown = images[part[0]] is not None
-        output = _run(processor, [texts[i] for i in part], [images[i] for i in part] if shown else None)
+        output = _run(processor, [texts[i] for i in part], [images[i] for i in part] if shown else None, nested)
         for key, value in _sorted(name, output, part, done):
             if shown:
                 of_samples = [value] if len(part) == 1 else list(value.split(1))
@@ -74,9 +78,22 @@ def process(name: str, processor: Any, texts: Sequence[str], images: Sequence[An
     return done
 
 
-def _run(processor: Any, texts: list[str], images: Sequence[Any] | None) -> dict[str, Tensor]:
-    pictures = {} if images is None else {"images": [open_image(image) for image in images]}
-    return dict(processor(text=texts, padding=True, padding_side="right", return_tensors="pt", **pictures))
+def _run(processor: Any, texts: list[str], images: Sequence[Any] | None, nested: bool = False) -> dict[str, Tensor]:
+    """What the processor makes of texts and their pictures: one list of all, or (`nested`) a list for each text."""
+    further: dict[str, Any] = prompt_options(getattr(processor, "tokenizer", processor), texts[0])
+    if images is not None:
+        opened = [open_image(image) for image in images]
+        further["images"] = [[picture] for picture in opened] if nested else opened
+    return dict(processor(text=texts, padding=True, padding_side="right", return_tensors="pt", **further))
+
+
+def _counts_by_sample(processor: Any, texts: list[str], images: Sequence[Any]) -> bool:
+    """Whether a processor takes one list of pictures for those of one text, of which two texts then get too many."""
+    try:
+        _run(processor, texts, images)
+    except (IndexError, TypeError, ValueError):
+        return True
+    return False
 
 
 def _has_plain_rows(output: dict[str, Tensor]) -> bool:
@@ -91,7 +108,10 @@ def _chunks(rows: list[int], size: int) -> Iterable[list[int]]:
 def _sorted(name: str, output: dict[str, Tensor], part: list[int], done: Processed) -> list[tuple[str, Tensor]]:
     """Take the tokens out of an output into `done`; what is left belongs to the pictures."""
     ids, mask = output.pop("input_ids"), output.pop("attention_mask")
-    output.pop("token_type_ids", None)  # says where a second text starts; there is none
+    # Those of most tokenizers say where a second text starts, and there is none: all 0. Others mark a picture's tokens.
+    types = output.get("token_type_ids")
+    if not isinstance(types, Tensor) or not types.any():
+        output.pop("token_type_ids", None)
     for key, value in output.items():
         if not isinstance(value, Tensor) or (len(part) > 1 and len(value) != len(part)):
             given = f"{len(value)} rows" if isinstance(value, Tensor) else f"a {type(value).__name__}"

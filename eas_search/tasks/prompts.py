@@ -7,8 +7,8 @@ from torch import Tensor
 
 from eas_search.tasks.scores import IGNORED
 
-KINDS = ("mm_token_type_ids",)  # what a token stands for: 0 for text, others for an image's
-TOKEN_WISE = ("input_ids", "attention_mask", "labels", "token_type_ids", *KINDS)
+KINDS = ("mm_token_type_ids", "token_type_ids")  # what a token stands for: 0 for text, others for an image's
+TOKEN_WISE = ("input_ids", "attention_mask", "labels", *KINDS)
 
 
 def left_prompts(inputs: dict[str, Tensor], padding: int) -> dict[str, Tensor]:
@@ -21,7 +21,7 @@ def left_prompts(inputs: dict[str, Tensor], padding: int) -> dict[str, Tensor]:
     kept = mask.gather(1, order)
     ids = inputs["input_ids"].gather(1, order).masked_fill(~kept, padding)
     prompts = {"input_ids": ids, "attention_mask": kept.long()}
-    for name in ("token_type_ids", *KINDS):
+    for name in KINDS:
         if name in inputs:
             prompts[name] = inputs[name].gather(1, order).masked_fill(~kept, 0)
     return prompts | {name: value for name, value in inputs.items() if name not in TOKEN_WISE}

@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IGNORED = -100
+ARTICLES = ("a", "an", "the")
+MINUS = "\u2212"  # the sign as typesetters write it
+_NUMBER = re.compile(r"-?\.?\d")
 
 
 def exact_match(logits: Tensor, labels: Tensor) -> Tensor:
@@ -30,15 +33,30 @@ def exact_match(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def normalised(text: str) -> str:
-    """A short answer without what does not matter: case, punctuation, articles, further spaces."""
-    words = re.sub(r"[^\w\s.%°-]", " ", text.lower()).split()
-    words = [word.strip(".-") for word in words]
-    return " ".join(word for word in words if word and word not in ("a", "an", "the"))
+    """A short answer without what does not matter: case, punctuation, articles, further spaces.
+
+    A sign or a decimal point before a digit matters, and so does all that an answer has: the option "A" is no article.
+    """
+    return " ".join(_telling(text) or _words(text) or text.lower().split())
+
+
+def _telling(text: str) -> list[str]:
+    return [word for word in _words(text) if word not in ARTICLES]
+
+
+def _words(text: str) -> list[str]:
+    """The words of a text in lower case, without punctuation around them."""
+    found = re.sub(r"[^\w\s.%°-]", " ", text.lower().replace(MINUS, "-")).split()
+    found = [word.rstrip(".-") for word in found]
+    return [word for word in (w if _NUMBER.match(w) else w.lstrip(".-") for w in found) if word]
 
 
 def word_recall(said: str, right: str) -> float:
-    """Share of the right answer's words that were said, each as often as it was; 1 where there are none to say."""
-    wanted, given = Counter(normalised(right).split()), Counter(normalised(said).split())
+    """Share of the right answer's words that were said, each as often as it was; 1 where there are none to say.
+
+    Articles and punctuation are no words.
+    """
+    wanted, given = Counter(_telling(right)), Counter(_telling(said))
     return (wanted & given).total() / wanted.total() if wanted else 1.0
 
 

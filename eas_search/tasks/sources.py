@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from eas_search.exceptions import TaskDataError
+from eas_search.tasks.arrow import ArrowImage
 from eas_search.tasks.base import SPLITS, Example, Split, Task, limited
+from eas_search.tasks.order import by_digest
 from eas_search.tasks.splits import NAMES, complete, split_named
 
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
@@ -54,11 +56,28 @@ class FileTask(Task):
         parts = (self.picture(example.image), example.prompt, example.pair, example.choices)
         return "\n".join(str(part) for part in parts)
 
+    def kind(self, example: Example) -> str | None:
+        """The class of an example; None where answers are no classes."""
+        return None
+
+    def content(self, example: Example) -> str:
+        """All that tells an example apart, wherever the data lies."""
+        pictures = map(self.picture, (example.image, *example.others))
+        return "\n".join(map(str, (*pictures, example.prompt, example.pair, example.choices, example.answer)))
+
+    def arranged(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples of a split in the order in which a limit takes them; by default as good as random."""
+        return by_digest(examples, self.content)
+
     def picture(self, image: Any) -> str:
         """What tells a picture apart wherever the data lies: its file's path below the data, or a hash of its bytes.
 
         With absolute paths other examples would be set apart once the data is moved.
         """
+        if isinstance(image, ArrowImage):
+            return f"{self.picture(image.file)} {image.column} {image.row}"
+        if hasattr(image, "tobytes"):  # an opened picture, which would be told apart by its address
+            return f"{image.size} {getattr(image, 'mode', '')} {hashlib.sha256(image.tobytes()).hexdigest()}"
         if isinstance(image, bytes):
             return hashlib.sha256(image).hexdigest()
         folder = self.place.parent if self.place.is_file() else self.place
@@ -71,7 +90,8 @@ class FileTask(Task):
         """See `Task.examples`. A split that the data lacks is set apart from the training examples."""
         limited(dict.fromkeys(SPLITS, 1), split, limit)  # refuses an unknown split before anything is read
         if self._splits is None:
-            self._splits, note = complete(self.name, self.read(), self.key)
+            found, note = complete(self.name, self.read(), self.key, self.kind)
+            self._splits = {name: self.arranged(part) for name, part in found.items()}
             self.notes += [] if note is None else [note]
         return self._splits[split][: limited({s: len(e) for s, e in self._splits.items()}, split, limit)]
 

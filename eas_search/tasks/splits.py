@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import TypeVar
 
 from eas_search.exceptions import TaskDataError
 from eas_search.tasks.base import SPLITS, Split
+from eas_search.tasks.order import digest
 
 T = TypeVar("T")
 SHARE = 10  # one in ten of the training examples becomes the split that is missing
@@ -30,16 +31,21 @@ def split_named(text: str) -> Split | None:
 
 
 def complete(
-    name: str, found: Mapping[Split, Sequence[T]], key: Callable[[T], str]
+    name: str,
+    found: Mapping[Split, Sequence[T]],
+    key: Callable[[T], str],
+    kind: Callable[[T], str | None] = lambda example: None,
 ) -> tuple[dict[Split, list[T]], str | None]:
     """All three splits, and a sentence on what was set apart (None: nothing).
 
-    Examples of one key (the same picture, say) stay together, and which key goes where depends on the keys alone.
+    Examples of one key (the same picture, say) stay together, and which key goes where depends on the keys alone; but
+    of every class some example stays in training, or nothing could be learnt of it.
 
     Args:
         name: of the task.
         found: what the data has; everything it does not name a split for belongs under `train`.
         key: what makes two examples belong together.
+        kind: class of an example; None where there are no classes.
 
     Raises:
         TaskDataError: there is no training example, or too few to set some apart.
@@ -50,21 +56,46 @@ def complete(
         raise TaskDataError(f"task '{name}' found no training examples; expected some; check --data.")
     if not missing:
         return splits, None
-    keys = sorted({key(example) for example in splits["train"]}, key=_digest)
-    size = max(1, len(keys) // SHARE)
+    kinds: dict[str, set[str]] = {}
+    keyed = [(key(example), example) for example in splits["train"]]
+    for own, example in keyed:
+        names = kinds.setdefault(own, set())
+        if (named := kind(example)) is not None:
+            names.add(named)
+    keys = sorted(kinds, key=digest)
     if len(keys) < 1 + len(missing):
         raise TaskDataError(
             f"task '{name}' has no {missing[0]} split and only {len(keys)} distinct training example(s) to set some "
             "apart from; expected more; add data."
         )
+    free = _dispensable(keys, kinds, max(1, len(keys) // SHARE) * len(missing))
+    size = len(free) // len(missing)
+    if size == 0:
+        raise TaskDataError(
+            f"task '{name}' has no {missing[0]} split, and of its training examples only {len(free)} can be set apart "
+            "without leaving a class without any; expected more examples of a class; add data."
+        )
     for position, split in enumerate(missing):
-        chosen = set(keys[position * size : (position + 1) * size])
-        splits[split] = [example for example in splits["train"] if key(example) in chosen]
-    gone = set(keys[: len(missing) * size])
-    splits["train"] = [example for example in splits["train"] if key(example) not in gone]
+        chosen = set(free[position * size : (position + 1) * size])
+        splits[split] = [example for own, example in keyed if own in chosen]
+    gone = set(free[: len(missing) * size])
+    splits["train"] = [example for own, example in keyed if own not in gone]
     parts = " and ".join(f"{len(splits[split])} for {split}" for split in missing)
     note = f"the data has no {' and no '.join(missing)} split: set apart from its training examples were {parts}"
     return splits, note
+
+
+def _dispensable(keys: Sequence[str], kinds: Mapping[str, Set[str]], wanted: int) -> list[str]:
+    """The first `wanted` keys, or as many as there are, without which every class still has one that stays."""
+    left = Counter(kind for names in kinds.values() for kind in names)
+    found: list[str] = []
+    for key in keys:
+        if len(found) == wanted:
+            break
+        if all(left[kind] > 1 for kind in kinds[key]):
+            left.subtract(kinds[key])
+            found.append(key)
+    return found
 
 
 def divided(examples: Sequence[T], first: int | None, second: int | None) -> tuple[list[T], list[T], str | None]:
@@ -91,7 +122,3 @@ def divided(examples: Sequence[T], first: int | None, second: int | None) -> tup
     cut = min(count - 1, max(1, count * wanted[0] // sum(wanted)))
     note = f"the {count} validation examples are divided: {cut} for the search, {count - cut} for the selection"
     return list(examples[:cut]), list(examples[cut:]), note
-
-
-def _digest(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()

@@ -43,6 +43,16 @@ def encode_texts(
     return dict(encoded)
 
 
+def prompt_options(tokenizer: Any, prompt: str) -> dict[str, bool]:
+    """What a tokenizer or processor is told beside a prompt: to add no special tokens where it begins with its BOS.
+
+    Chat templates write BOS themselves, and a model has never seen two. `transformers` decides the same way when it
+    tokenizes what a template made (`ProcessorMixin.apply_chat_template`).
+    """
+    begin = getattr(tokenizer, "bos_token", None)
+    return {"add_special_tokens": False} if begin and prompt.startswith(begin) else {}
+
+
 def readable(tokenizer: Any) -> int | None:
     """How many tokens the model can read, as the tokenizer knows it; None when it knows no limit."""
     limit = getattr(tokenizer, "model_max_length", UNLIMITED)

@@ -109,7 +109,13 @@ class Vqa(FileTask, AnswerTask):
             raise TaskDataError(
                 f"{where} has no question with an answer; expected a turn of 'human', then one of 'gpt'."
             )
-        image = None if not record.get("image") else self._image(str(record["image"]), file)
+        named = _picture_of(record, where)
+        if named is None and any(IMAGE in str(turns[i]["value"]) for i in pairs):
+            raise TaskDataError(
+                f"{where} asks about an {IMAGE} but has {record.get('image')!r:.40} for 'image'; expected the name of "
+                f"a picture's file: add it, or take {IMAGE} out of the text."
+            )
+        image = None if named is None else self._image(named, file)
         group = str(record.get(self.options.group_by) or "all")
         for i in pairs if self.options.turns == "all" else pairs[:1]:
             yield Example(image, texts[i], texts[i + 1], group)
@@ -143,12 +149,26 @@ class Vqa(FileTask, AnswerTask):
         return choice_tensors(tokenizer, examples, texts, tensors)
 
 
+def _picture_of(record: dict[str, Any], where: str) -> str | None:
+    """The name of a record's one picture, under `image` or in a list under `images`; None if it has none."""
+    key = "image" if record.get("image") else "images"
+    named = record.get(key) or []
+    names = named if isinstance(named, list) else [named]
+    if len(names) > 1 or not all(isinstance(name, str | int) for name in names):
+        raise TaskDataError(
+            f"{where} has {named!r:.60} for '{key}'; expected the name of one picture's file: leave out records with "
+            "several, or write a task of your own."
+        )
+    return str(names[0]) if names else None
+
+
 def read_records(file: Path) -> list[Any]:
     """The records of a JSON list or of JSON lines. Raises TaskDataError, naming file and line."""
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix.lower() == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            # Only "\n" ends a line: `splitlines` would also cut at separators that JSON texts may hold, such as U+2028.
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         content = json.loads(text)
     except (OSError, ValueError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
