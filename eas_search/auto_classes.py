@@ -59,10 +59,10 @@ def _loader(auto: Any) -> type:
             load_pretrained = import_module("eas_search.export").load_pretrained
             _check_head(auto, config, folder)
             device, dtype = _options(options, folder)
-            student = load_pretrained(folder, device=device)
+            student = load_pretrained(folder, device=device, dtype=dtype)
             if (attention := getattr(config, "_attn_implementation", None)) is not None:
                 student.set_attn_implementation(attention)
-            return student if dtype is None else student.to(dtype)
+            return student
 
     return StudentLoader
 
@@ -92,8 +92,7 @@ def _options(options: dict[str, Any], folder: str | Path) -> tuple[str, Any]:
     """(device, dtype or None)."""
     left = {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT and value is not None}
     dtype, device = left.pop("dtype", left.pop("torch_dtype", None)), left.pop("device_map", "cpu")
-    if isinstance(dtype, str):
-        dtype = None if dtype == "auto" else getattr(import_module("torch"), dtype)
+    dtype = _dtype(dtype, folder)
     if isinstance(device, dict) and set(device) == {""}:
         device = device[""]
     device = "auto" if device in ("auto", "balanced") else device
@@ -104,3 +103,17 @@ def _options(options: dict[str, Any], folder: str | Path) -> tuple[str, Any]:
             "a device_map of one device: load without it"
         )
     return str(device), dtype
+
+
+def _dtype(wanted: Any, folder: str | Path) -> Any:
+    """The torch.dtype that is asked for; None: the saved one."""
+    if wanted is None or wanted == "auto":
+        return None
+    torch = import_module("torch")
+    dtype = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(
+            f"dtype = {wanted!r} cannot be followed for export {str(folder)!r}; expected 'auto' or a floating point "
+            "type: load with 'bfloat16', for example"
+        )
+    return dtype

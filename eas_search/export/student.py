@@ -7,7 +7,9 @@ name of their own: `transformers` alone refuses the folder instead of filling in
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +85,15 @@ def write_student(student: nn.Module, folder: Path) -> None:
     save_model(student, str(folder / WEIGHTS))
 
 
-def load_pretrained(folder: str | Path, device: str = "cpu") -> nn.Module:
+def load_pretrained(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
     """The student saved in `folder`, in eval mode, after checking the manifest.
+
+    Args:
+        folder: of the export.
+        device: where it goes.
+        dtype: of its weights; None: as they were saved. What `transformers` keeps in float32 when it loads the base
+            model with this dtype (tables of positions such as `inv_freq`, modules that the class names) stays so, and
+            so do adapters that are not merged.
 
     Raises:
         StorageError: not an export, one of another folder format, or not of a kind that this function loads.
@@ -97,7 +106,7 @@ def load_pretrained(folder: str | Path, device: str = "cpu") -> nn.Module:
             f"export {str(folder)!r} has format {content['kind']!r}; expected {KIND!r}: load it as its {CARD} says"
         )
     check_manifest(folder, frozenset({WEIGHTS, CONFIG}))
-    student = _empty(folder, content)
+    student = _empty(folder, content, dtype)
     try:
         load_model(student, str(folder / WEIGHTS), strict=True)
     except (RuntimeError, SafetensorError) as error:
@@ -108,18 +117,22 @@ def load_pretrained(folder: str | Path, device: str = "cpu") -> nn.Module:
     return student.requires_grad_(False).to(resolve_device(device)).eval()
 
 
-def _empty(folder: Path, content: Mapping[str, Any]) -> Any:
-    """The student that an export describes, before its weights are filled in."""
+def _empty(folder: Path, content: Mapping[str, Any], dtype: torch.dtype | None = None) -> Any:
+    """The student that an export describes, before its weights are filled in.
+
+    It is built in its dtype and never cast: casting a module would round its tables of positions too.
+    """
     import transformers
     from transformers.initialization import no_init_weights
 
-    dtype = getattr(torch, str(content.get("dtype")), None)
-    if not isinstance(dtype, torch.dtype):
+    saved = getattr(torch, str(content.get("dtype")), None)
+    if not isinstance(saved, torch.dtype):
         raise StorageError(f"{EAS_CONFIG} in {str(folder)!r} names no dtype; export again")
-    config = base_config(folder)
+    config, dtype = base_config(folder), dtype or saved
     with no_init_weights():
         base = architecture_class(config, str(folder))._from_config(config, dtype=dtype, **model_options(content))
     base.tie_weights()
+    keep_dtypes(base, dtype)
     fill_with_noise(base)
     if (folder / "generation_config.json").is_file():
         base.generation_config = transformers.GenerationConfig.from_pretrained(folder)
@@ -131,6 +144,20 @@ def model_options(content: Mapping[str, Any]) -> dict[str, bool]:
     """See `constructor_options`; nothing else from a file reaches a constructor."""
     options = content.get("options")
     return {"add_pooling_layer": False} if isinstance(options, dict) and "add_pooling_layer" in options else {}
+
+
+def keep_dtypes(base: Any, dtype: torch.dtype) -> None:
+    """Give the weights that `from_pretrained` keeps in another precision than `dtype` that precision, in place.
+
+    A class names them, as patterns, for float16 alone (`_keep_in_fp32_modules`) or for bfloat16 as well
+    (`_keep_in_fp32_modules_strict`).
+    """
+    plan = [(re.compile(name.replace("*", ".*")), kept) for name, kept in base._get_dtype_plan(dtype).items()]
+    saved = base.state_dict().keys() if plan else ()
+    for name, tensor in chain(base.named_parameters(), base.named_buffers()):
+        kept = next((kept for pattern, kept in plan if pattern.search(name)), None)
+        if kept is not None and name in saved and tensor.is_floating_point():
+            tensor.data = tensor.data.to(kept)
 
 
 @torch.no_grad()

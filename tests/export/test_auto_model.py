@@ -125,6 +125,74 @@ def test_options_are_followed_or_refused(export: Path) -> None:
         AutoModelForCausalLM.from_pretrained(export, device_map={"model": 0, "lm_head": 1})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_another_precision_is_that_of_the_base_model(
+    build_llama: Callable[..., Any], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """Nothing is skipped, so at a long prompt every bit is that of the base model as `transformers` loads it."""
+    from transformers import AutoModelForCausalLM
+
+    base = build_llama(max_position_embeddings=1024)
+    base.save_pretrained(tmp_path / "base")
+    eas.save_pretrained(eas.merge(eas.apply_skips(base, eas.SkipConfig(skip=()))), tmp_path / "export")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=dtype)
+    tables = dict(expected.named_buffers())
+    assert any(name.endswith("inv_freq") and table.dtype == torch.float32 for name, table in tables.items())
+    for name, table in found.named_buffers():
+        assert table.dtype == tables[name].dtype
+        assert torch.equal(table, tables[name])
+    ids = torch.randint(3, 60, (1, 600), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(found(ids).logits, expected(ids).logits)
+    assert torch.equal(eas.load_pretrained(tmp_path / "export", dtype=dtype)(ids).logits, found(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["pooled", "parallel"])
+def test_only_what_is_saved_is_cast(
+    llama: Any, student_of: Callable[..., Any], prompts: dict[str, Tensor], write: Callable[..., Any], name: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = write(student_of(llama, name), prompts)
+    expected: Any = eas.load_pretrained(folder)
+    for parameter in expected.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    found = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")
+    assert {parameter.dtype for parameter in found.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        assert torch.equal(found(**prompts).logits, expected(**prompts).logits)
+
+
+def test_what_a_class_keeps_in_float32_is_kept(tmp_path: Path) -> None:
+    """T5 keeps its `wo` in float32 when loaded in float16; so do the export of such a model and a cast export."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=64, d_model=32, d_ff=48, num_layers=2, num_heads=4, d_kv=8,
+                                   decoder_start_token_id=0)  # fmt: skip
+    full = transformers.T5ForConditionalGeneration(config).eval()
+    full.save_pretrained(tmp_path / "base")
+    half = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=torch.float16).eval()
+    kept = {name for name, parameter in half.named_parameters() if parameter.dtype == torch.float32}
+    assert len(kept) == 4
+    for base, dtype in ((half, None), (full, torch.float16)):
+        student = eas.merge(eas.apply_skips(base, eas.SkipConfig(skip=(1,), pia_dim=0)))
+        folder = eas.save_pretrained(student, tmp_path / "export")
+        found = eas.load_pretrained(folder, dtype=dtype)
+        assert {name for name, parameter in found.named_parameters() if parameter.dtype == torch.float32} == kept
+        for name, parameter in found.named_parameters():
+            assert torch.equal(parameter, dict(student.named_parameters())[name].to(parameter.dtype))
+
+
+@pytest.mark.parametrize("dtype", ["int8", torch.int64])
+def test_a_precision_that_is_none_is_refused(export: Path, dtype: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(ConfigError, match=r"dtype = .* cannot be followed"):
+        AutoModelForCausalLM.from_pretrained(export, dtype=dtype)
+
+
 def test_an_export_of_the_former_layout_says_what_to_do(export: Path) -> None:
     content = read_json(export, "eas_config.json")
     write_json(export / "eas_config.json", {**content, "format": 1})

@@ -1,13 +1,11 @@
 """`torch-export`: the prefill as a `.pt2` archive for `torch.export.load`, C++ runtimes and AOTInductor.
 
-`torch.export.load` unpickles what an archive stores as pickled tensors or sample inputs. Ours stores raw tensors and
-JSON only, and before loading it is checked that an archive does.
+`torch.export.load` runs what an archive brings along as pickles, compiled libraries or expressions. Ours holds raw
+tensors and JSON only, and before loading it is checked that an archive does; see `pt2_archive`.
 """
 
 from __future__ import annotations
 
-import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,8 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from eas_search.exceptions import StorageError
+from eas_search.exceptions import StorageError, UnsupportedModelError
 from eas_search.export.formats.base import Writing
+from eas_search.export.formats.pt2_archive import check_archive, first_refused
 from eas_search.export.formats.tracing import Graph, GraphFormat, trace
 
 ARCHIVE = "model.pt2"
@@ -35,42 +34,32 @@ class TorchExportFormat(GraphFormat):
     )
 
     def write(self, job: Writing) -> dict[str, Any]:
-        """The archive, without the sample inputs that torch would pickle."""
+        """The archive, without the sample inputs that torch would pickle.
+
+        Raises:
+            UnsupportedModelError: the model cannot be traced, or only to a graph that would not be loaded again.
+        """
         program, facts = trace(job.merged, job.prompts)
         program.example_inputs = None
+        program._guards_code = []  # code, which torch runs on sample inputs only
         torch.export.save(program, job.folder / ARCHIVE)
+        if (refused := first_refused(job.folder / ARCHIVE)) is not None:
+            raise UnsupportedModelError(f"the archive of {type(job.merged).__name__} {refused}: choose another format")
         return {"merged": True, **facts}
 
     def load(self, folder: Path, content: Mapping[str, Any], base: nn.Module | None) -> nn.Module:
-        """The program."""
+        """The program.
+
+        Raises:
+            StorageError: the archive would run something else than tensor operators, or torch cannot read it.
+        """
         check_archive(folder / ARCHIVE)
-        run = torch.export.load(folder / ARCHIVE).module()
+        try:
+            run = torch.export.load(folder / ARCHIVE).module()
+        except Exception as error:  # reading a damaged graph fails in any way
+            reason = " ".join(str(error).split())[:160]
+            raise StorageError(
+                f"{str(folder / ARCHIVE)!r} cannot be read by torch {torch.__version__} ({type(error).__name__}: "
+                f"{reason}); expected what that version writes: export again"
+            ) from error
         return Graph(lambda values: run(*values), content)
-
-
-def check_archive(path: Path) -> None:
-    """Refuse an archive that stores anything as a pickle.
-
-    Raises:
-        StorageError: it does, or it is no archive.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            pickled = [
-                entry.filename for entry in archive.infolist() if entry.filename.endswith(".pt") and entry.file_size
-            ]
-            configs = [
-                name for name in archive.namelist() if name.endswith(("weights_config.json", "constants_config.json"))
-            ]
-            for name in configs:
-                entries = json.loads(archive.read(name))["config"]
-                pickled += [f"{name}: {key}" for key, entry in entries.items() if entry.get("use_pickle") is not False]
-            wrapped = [name for name in archive.namelist() if "/constants/" in name and not name.endswith(".json")]
-            pickled += [name for name in wrapped if not Path(name).name.startswith("tensor_")]
-    except (OSError, zipfile.BadZipFile, ValueError, KeyError, AttributeError) as error:
-        raise StorageError(f"{str(path)!r} is no readable archive of torch.export ({error}); export again") from error
-    if pickled or len(configs) < 2:
-        what = pickled[0] if pickled else "no list of its weights"
-        raise StorageError(
-            f"{str(path)!r} holds {what}, which loading would unpickle; expected raw tensors only: do not load it"
-        )
