@@ -51,16 +51,14 @@ class SearchSpace:
     @property
     def size(self) -> int:
         """Number of configurations that skip something."""
-        choices = len(self.choices.pia_dims) * len(self.choices.placements)
-        return choices * sum(math.comb(len(self.sites), size) for size in self.sizes)
+        return len(self._dresses()) * sum(math.comb(len(self.sites), size) for size in self.sizes)
 
     def every(self) -> Iterator[SkipConfig]:
         """All of them, those that skip little first."""
-        dims, placements = range(len(self.choices.pia_dims)), range(len(self.choices.placements))
         indexes = [site.index for site in self.sites]
         for size in self.sizes:
             for skip in combinations(indexes, size):
-                for dim, placement in product(dims, placements):
+                for dim, placement in self._dresses():
                     yield self.config(skip, dim, placement)
 
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -79,7 +77,7 @@ class SearchSpace:
         return params
 
     def to_config(self, params: Mapping[str, Any]) -> SkipConfig:
-        """The configuration of a trial's parameters."""
+        """The configuration of a trial's parameters; several parameters may give the same one, see `config`."""
         return self.config(
             [site.index for site in self.sites if params[self._bit(site)]],
             int(params["pia_dim_choice"]),
@@ -89,11 +87,13 @@ class SearchSpace:
     def config(self, skip: Sequence[int], pia_dim: int = -1, placement: int = 0) -> SkipConfig:
         """The configuration that skips these site indexes, with the choices at these positions.
 
-        Without a skipped site the choices have no effect and are set to the first ones, so that equal models are equal
-        configurations.
+        A choice without effect is set to the first one, so that equal models are equal configurations: all of them
+        without a skipped site, and the placement of rank 0, plain deletion, which puts nothing anywhere.
         """
         if not skip:
             pia_dim = placement = 0
+        elif self.choices.pia_dims[pia_dim] == 0:
+            placement = 0
         return self.student.model_copy(
             update={
                 "skip": tuple(sorted(skip)),
@@ -101,6 +101,11 @@ class SearchSpace:
                 "placement": self.choices.placements[placement],
             }
         )
+
+    def _dresses(self) -> list[tuple[int, int]]:
+        """Positions (rank, placement) of the choices that differ where a site is skipped."""
+        dims, placements = self.choices.pia_dims, range(len(self.choices.placements))
+        return [(i, j) for i, j in product(range(len(dims)), placements) if dims[i] or j == 0]
 
     @staticmethod
     def _bit(site: AttentionSite) -> str:

@@ -201,6 +201,19 @@ def test_points_beyond_the_time_limit_are_counted(llama: nn.Module) -> None:
     assert "the rest counted" in found.method
 
 
+def test_a_point_that_is_asked_for_twice_is_one_point(build_llama: Any) -> None:
+    told: list[str] = []
+    settings = BreakEvenSettings(contexts=(8, 4, 8), batches=(2, 1, 2), device="cpu", measure="always", time_limit_s=2)
+    found = break_even(build_llama(), settings, told.append)
+    assert [(point.context, point.batch) for point in found.points] == [(8, 2), (8, 1), (4, 2), (4, 1)]
+    assert all(point.prefill.measured for point in found.points)
+    assert sum(text.startswith("measuring") for text in told) == 4
+    assert "counted" not in found.method
+    # The positions end right where the shortest default context does, with 4 more to decode.
+    brief = break_even(build_llama(max_position_embeddings=68), BreakEvenSettings(measure="never", batches=(1,)))
+    assert [point.context for point in brief.points] == [64]
+
+
 def test_blocks_repeat_after_their_period() -> None:
     gemma, deepseek = build("Gemma3Text"), build("DeepseekV3")
     assert period(gemma, main_stack(gemma).blocks) == 6  # five with a sliding window, then one without

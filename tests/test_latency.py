@@ -10,10 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from scipy import stats
@@ -26,6 +29,8 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from eas_search.exceptions import ConfigError
@@ -33,6 +38,7 @@ from eas_search.latency import LatencyConfig, QuietLock, Timing, measure_latency
 from eas_search.latency.forward import TimedModel
 from eas_search.latency.statistics import log_estimate, paired_log_ratios, repeat_interval, run_interval
 from eas_search.latency.values import Ratio
+from eas_search.models.calling import step_positions, without_cache
 
 # ---------------------------------------------------------------- statistics
 
@@ -393,10 +399,10 @@ def _llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64, bos_token_id=None, eos_token_id=None)).eval()
 
 
-def _llava() -> LlavaForConditionalGeneration:
+def _llava(**text_changes: object) -> LlavaForConditionalGeneration:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
-    text = LlamaConfig(**sizes, vocab_size=64)
+    text = LlamaConfig(**sizes, vocab_size=64, **text_changes)
     return LlavaForConditionalGeneration(
         LlavaConfig(vision_config=vision, text_config=text, image_token_index=60)
     ).eval()
@@ -432,6 +438,121 @@ def test_multimodal_and_encoder_models() -> None:
     report = measure_latency(bert, {"input_ids": tokens % 60}, bert, config)
     assert report.decode is None
     assert bert.training
+
+
+class Opaque(nn.Module):
+    """A wrapper whose forward names nothing."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.wrapped = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.wrapped(*args, **kwargs)
+
+
+def _lora(model: nn.Module, task: str | None) -> nn.Module:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type=task)
+    return peft.get_peft_model(copy.deepcopy(model), config).eval()  # its product is zero before any training
+
+
+def _prompts(model: nn.Module) -> nn.Module:
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    return peft.get_peft_model(copy.deepcopy(model), config).eval()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # between peft and transformers
+@pytest.mark.parametrize(
+    ("wrap", "adds"),
+    [
+        (Opaque, 0),
+        (lambda model: Opaque(Opaque(model)), 0),
+        (lambda model: torch.compile(model, backend="eager"), 0),
+        (lambda model: _lora(model, None), 0),
+        (lambda model: _lora(model, "CAUSAL_LM"), 0),
+        (_prompts, 3),  # tokens
+    ],
+    ids=["opaque", "twice", "compiled", "LoRA", "named LoRA", "prompts"],
+)
+def test_a_wrapped_model_is_timed_as_the_model_itself(wrap: Callable[[nn.Module], Any], adds: int) -> None:
+    model = _llama()
+    model.config.use_cache = False
+    tokens = torch.randint(0, 64, (2, 7))
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    timed = TimedModel(wrap(model), inputs, 2, time.perf_counter)
+    with torch.inference_mode():
+        output = timed.prefill()
+        expected = model(**inputs).logits[:, -1:]
+        assert output.past_key_values.get_seq_length() == 7 + adds
+        assert timed.can_decode(output)
+    assert output.logits.shape == (2, 1, 64)
+    if not adds:
+        torch.testing.assert_close(output.logits, expected)
+
+
+class AllLogits(nn.Module):
+    """A causal model that computes every position's logits, whatever is wanted."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        super().__init__()
+        self.model, self.lm_head = model.model, model.lm_head
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any) -> SimpleNamespace:
+        kwargs.pop("logits_to_keep", None)
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **kwargs)
+        return SimpleNamespace(logits=self.lm_head(output.last_hidden_state), past_key_values=output.past_key_values)
+
+
+@pytest.mark.parametrize("candidate", [Opaque, AllLogits])
+def test_all_models_of_a_run_compute_the_logits_of_as_many_positions(candidate: Callable[[Any], nn.Module]) -> None:
+    """Counted where they are computed: in the heads, through all rounds."""
+    computed: dict[str, set[int]] = {"original": set(), "candidate": set()}
+    models = {name: _llama() for name in computed}
+    for name, model in models.items():
+        model.lm_head.register_forward_pre_hook(lambda _, args, name=name: computed[name].add(args[0].shape[1]))
+    tokens = torch.randint(0, 64, (2, 7))
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    config = LatencyConfig(rounds=3, blocks=1, warmup=0, decode_tokens=2, fresh_copies=False)
+    report = measure_latency(candidate(models["candidate"]), inputs, models["original"], config)
+    assert report.decode is not None
+    positions = {1} if candidate is Opaque else {7, 1}  # a step has one anyway
+    assert computed == {"original": positions, "candidate": positions}
+    assert report.conditions["logits_to_keep"] == (1 if candidate is Opaque else 0)
+
+
+def test_a_cache_is_asked_for_whatever_the_configuration_says() -> None:
+    llava = _llava(use_cache=False)
+    tokens = torch.cat([torch.full((2, 4), 60), torch.randint(0, 60, (2, 3))], dim=1)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "pixel_values": torch.randn(2, 3, 16, 16)}
+    with torch.inference_mode():
+        assert llava(**inputs).past_key_values is None
+        assert TimedModel(llava, inputs, 2, time.perf_counter).prefill().past_key_values.get_seq_length() == 7
+    config = LatencyConfig(rounds=3, blocks=1, warmup=0, decode_tokens=2)
+    assert measure_latency(Opaque(copy.deepcopy(llava)), inputs, llava, config).decode is not None
+
+
+def test_what_cannot_decode_has_no_decode_in_a_wrapper_either(vit: Any) -> None:
+    config = LatencyConfig(rounds=3, blocks=1, warmup=0, decode_tokens=2)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 32}
+    torch.manual_seed(0)
+    t5, tokens = T5ForConditionalGeneration(T5Config(**sizes)).eval(), torch.randint(3, 32, (2, 5))
+    inputs = {"input_ids": tokens, "decoder_input_ids": tokens}
+    assert measure_latency(Opaque(copy.deepcopy(t5)), inputs, t5, config).decode is None
+    pixels = {"pixel_values": torch.randn(2, 3, vit.config.image_size, vit.config.image_size)}
+    assert TimedModel(Opaque(vit), pixels, 2, time.perf_counter).options == {}
+    assert measure_latency(Opaque(copy.deepcopy(vit)), pixels, vit, config).decode is None
+
+
+def test_a_wrapped_models_cache_and_positions_are_those_of_the_model() -> None:
+    class Inner(nn.Module):
+        rope_deltas = torch.tensor([[-2], [-1]])  # of two rows with images
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool = True) -> torch.Tensor:
+            return input_ids
+
+    assert without_cache(Opaque(Inner())) == {"use_cache": False}
+    positions = step_positions(Opaque(Inner()), torch.ones(2, 5, dtype=torch.long))["position_ids"]
+    assert positions.tolist() == [[[2], [3]]] * 3  # the fifth token is at 4, less what the images take
 
 
 # ---------------------------------------------------------------- the lock

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -56,7 +57,8 @@ def break_even(
     settings = settings or BreakEvenSettings()
     stack = main_stack(model)
     device, dtype = resolve_device(settings.device), getattr(torch, settings.dtype)
-    points = [(context, batch) for context in _contexts(stack, settings) for batch in settings.batches]
+    # Each once: a point that is asked for twice would be measured twice, and counted as two.
+    points = list(dict.fromkeys(product(_contexts(stack, settings), settings.batches)))
     layers, why_not = _layers_to_measure(stack, settings, device)
     gains: dict[Point, tuple[Gain, Gain | None]] = {}
     notes: list[str] = []

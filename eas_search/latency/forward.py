@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from eas_search.exceptions import ConfigError
-from eas_search.models.calling import step_positions
+from eas_search.models.calling import last_logits, step_positions, unwrapped, without_cache
 
 Timer = Callable[[], float]
 
@@ -25,9 +24,12 @@ class TimedModel:
             inference.
         decode_tokens: steps per decode sample, 0 for none.
         timer: clock in seconds.
+        last_only: whether the last position's logits are all that is asked of a model that knows `logits_to_keep`.
     """
 
-    def __init__(self, model: nn.Module, inputs: Mapping[str, Any], decode_tokens: int, timer: Timer) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Mapping[str, Any], decode_tokens: int, timer: Timer, last_only: bool = True
+    ) -> None:
         tensors = [*model.parameters(), *model.buffers()]
         devices = {tensor.device for tensor in tensors} or {torch.device("cpu")}
         device = getattr(model, "device", None) or next((t.device for t in tensors), torch.device("cpu"))
@@ -38,10 +40,12 @@ class TimedModel:
             for name, value in inputs.items()
             if name != "labels"
         }
-        accepted = inspect.signature(model.forward).parameters
+        self.inner = unwrapped(model)
         # With every position's logits, a long prompt would be timed on the vocabulary projection that no
         # generation does.
-        self.options = {k: v for k, v in (("use_cache", True), ("logits_to_keep", 1)) if k in accepted}
+        kept = last_logits(self.inner) if last_only else {}
+        # Asked for, because a model's configuration may say that it builds no cache.
+        self.options: dict[str, Any] = {**dict.fromkeys(without_cache(self.inner), True), **kept}
 
     def prefill(self) -> Any:
         """One forward of the whole prompt batch; returns the model's output."""
@@ -49,7 +53,7 @@ class TimedModel:
 
     def can_decode(self, output: Any) -> bool:
         """Whether a prefill's output can be continued token by token."""
-        if self.decode_tokens == 0 or getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+        if self.decode_tokens == 0 or getattr(getattr(self.inner, "config", None), "is_encoder_decoder", False):
             return False
         logits = getattr(output, "logits", None)
         return logits is not None and logits.dim() == 3 and getattr(output, "past_key_values", None) is not None
@@ -84,7 +88,7 @@ class TimedModel:
                 step = {"input_ids": token, "past_key_values": cache, **self.options}
                 if mask is not None:
                     mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
-                    step |= {"attention_mask": mask, **step_positions(self.model, mask)}
+                    step |= {"attention_mask": mask, **step_positions(self.inner, mask)}
                 output = self.model(**step)
             elapsed += self._now() - start
         return elapsed / (repeats * self.decode_tokens)

@@ -18,6 +18,7 @@ from eas_search.copying import copy_modules
 from eas_search.exceptions import ConfigError
 from eas_search.latency.config import LatencyConfig
 from eas_search.latency.forward import TimedModel, Timer
+from eas_search.models.calling import last_logits
 
 _COPY_LIMIT_BYTES = 2**30
 _LEAST_ROUNDS = 3
@@ -45,7 +46,9 @@ def run_interleaved(models: Models, inputs: Mapping[str, Any], config: LatencyCo
     fresh = _copies_fit(models) if config.fresh_copies is None else config.fresh_copies
     samples, begin, done, plan = Samples(), timer(), 0, None
     with _ready(models, fresh) as ready, _no_collection():
-        timed = {name: TimedModel(ready[name], inputs, config.decode_tokens, timer) for name in ready}
+        # One model that computes every position's logits would be slower for that alone: then all of them do.
+        last_only = all(last_logits(model) for model in ready.values())
+        timed = {name: TimedModel(ready[name], inputs, config.decode_tokens, timer, last_only) for name in ready}
         while plan is None or done < plan.rounds:
             if plan and done >= _LEAST_ROUNDS and timer() - begin >= (config.time_limit_s or math.inf):
                 break
@@ -62,6 +65,7 @@ def run_interleaved(models: Models, inputs: Mapping[str, Any], config: LatencyCo
         "fresh_copies": fresh,
         "prefill_repeats": plan.prefill_repeats,
         "decode_repeats": plan.decode_repeats,
+        "logits_to_keep": int(last_only),
         "threads": torch.get_num_threads(),
         "device": str(next((p.device for model in models.values() for p in model.parameters()), "cpu")),
         "dtype": str(next((p.dtype for model in models.values() for p in model.parameters()), None)),

@@ -34,9 +34,12 @@ def measure_latency(
 ) -> LatencyReport:
     """Time one candidate or several against the baseline, all interleaved in one run.
 
-    Prefill is one forward of the full prompt batch with `use_cache` (and `logits_to_keep=1` where the model
-    knows it); decode is seconds per greedy single-token step continuing from the prefill's cache, None for
-    models without one.  Everything runs in eval mode and inference mode; the models come back as they were.
+    Prefill is one forward of the full prompt batch, with `use_cache=True` for every model that knows it, and with
+    `logits_to_keep=1` where all models of the run know it, else with every position's logits from all of them
+    (`conditions["logits_to_keep"]` says which; 0 is every position).  What a wrapped model knows (`torch.compile`,
+    PEFT) is asked of the model inside.  Decode is seconds per greedy single-token step continuing from the prefill's
+    cache, None for models without one.  Everything runs in eval mode and inference mode; the models come back as
+    they were.
 
     Args:
         candidates: a model, named "candidate" in the report, or name → model.

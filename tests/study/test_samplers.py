@@ -20,6 +20,7 @@ from eas_search.names import SAMPLERS
 from eas_search.objective import TrialResult
 from eas_search.samplers import LIBRARY, EasBanditSampler, FrontSampler, check_budget, make_sampler, ranking_prefixes
 from eas_search.search_space import SearchSpace
+from eas_search.setting_groups import SpaceSettings
 from eas_search.skip_config import SkipConfig
 
 REDUNDANCY = [0.3, -0.2, 0.9, 0.0, 0.5, 0.1]  # of the sites 0, 1, 2, 3, 4, 7
@@ -208,6 +209,33 @@ def test_no_configuration_is_proposed_twice_until_none_is_left(
     assert len(set(asked)) == 42
     assert set(asked) == set(space.every())
     assert all(config.skip for config in asked)
+
+
+@pytest.mark.parametrize(("dims", "count"), [((0,), 7), ((0, 8), 21)])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_plain_deletion_is_tried_once_for_all_placements(
+    small_space: SearchSpace, fake_result: Fake, name: str, dims: tuple[int, ...], count: int
+) -> None:
+    """2³ − 1 skip sets: with rank 0 in one form, with rank 8 in two."""
+    choices = SpaceSettings(pia_dims=dims, placements=("parallel", "ffn"))
+    space = replace(small_space, sites=small_space.sites[:3], choices=choices)
+    asked = play(new_study(make_sampler(name, space, [0.1, 0.2, 0.0], 0, 0)), space, fake_result, count)
+    assert len({(config.skip, config.pia_dim, config.pia_dim and config.placement) for config in asked}) == count
+
+
+def test_a_deletion_stored_with_another_placement_is_known(small_space: SearchSpace) -> None:
+    """Parameters that a person has queued need not be those that `to_params` gives."""
+    choices = SpaceSettings(pia_dims=(0, 8), placements=("parallel", "ffn"))
+    space = replace(small_space, sites=small_space.sites[:1], choices=choices)
+    stored = create_trial(
+        params={"skip_00": 1, "pia_dim_choice": 0, "placement_choice": 1},
+        distributions=space.distributions(),
+        values=[0.5, 1.0],
+    )
+    study = new_study(make_sampler("brute", space, [0.0], 0, 1))
+    study.add_trial(stored)
+    asked = [space_config(space, study.ask(space.distributions())) for _ in range(2)]
+    assert [(config.pia_dim, config.placement) for config in asked] == [(8, "parallel"), (8, "ffn")]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import IntDistribution
 
 from eas_search.exceptions import ConfigError
 from eas_search.search_space import SearchSpace
+from eas_search.setting_groups import SpaceSettings
 from eas_search.skip_config import SkipConfig
+from eas_search.skipping import apply_skips
 
 INDEXES = (0, 1, 2, 3, 4, 7)
 
@@ -55,6 +61,45 @@ def test_skipping_nothing_is_one_configuration_whatever_the_choices(
     config = small_space.to_config({**nothing, "pia_dim_choice": dim, "placement_choice": placement})
     assert config == small_space.config(()) == small_space.to_config(nothing)
     assert hash(config) == hash(small_space.config(()))
+
+
+@pytest.mark.parametrize("identity", ["noop", "paper"])
+def test_rank_0_is_the_same_model_in_every_placement(llama: Any, identity: str) -> None:
+    """Why its placement is no choice: with rank 0 the attention's block computes what it does without attention."""
+    tokens, logits = torch.arange(3, 12).view(1, -1), []
+    for placement in ("parallel", "ffn", "residual"):
+        config = SkipConfig(skip=(0, 2), pia_dim=0, placement=placement, pooling="none", identity=identity)
+        with torch.no_grad():
+            logits.append(apply_skips(llama, config).eval()(input_ids=tokens).logits)
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.parametrize(
+    ("dims", "forms"),
+    [
+        ((0,), {(0, "parallel")}),
+        ((0, 8), {(0, "parallel"), (8, "parallel"), (8, "ffn")}),
+        ((8, 0), {(0, "parallel"), (8, "parallel"), (8, "ffn")}),
+        ((4, 8), {(4, "parallel"), (4, "ffn"), (8, "parallel"), (8, "ffn")}),
+    ],
+)
+def test_plain_deletion_is_one_configuration_whatever_the_placement(
+    small_space: SearchSpace, dims: tuple[int, ...], forms: set[tuple[int, str]]
+) -> None:
+    space = replace(small_space, choices=SpaceSettings(pia_dims=dims, placements=("parallel", "ffn")))
+    every = [(config.skip, config.pia_dim, config.placement) for config in space.every()]
+    skips = [skip for size in range(1, 7) for skip in combinations(INDEXES, size)]
+    assert space.size == len(every) == 63 * len(forms)
+    assert set(every) == {(skip, *form) for skip in skips for form in forms}
+    for config in space.every():
+        assert space.to_config(space.to_params(config)) == config
+    for dim in range(len(dims)):
+        for placement in range(2):
+            params = {**space.to_params(space.config([1, 4])), "pia_dim_choice": dim, "placement_choice": placement}
+            config = space.to_config(params)
+            assert (config.pia_dim, config.placement) == (dims[dim], ("parallel", "ffn")[placement if dims[dim] else 0])
+            assert space.to_config(space.to_params(config)) == config
 
 
 def test_every_parameter_is_an_integer(small_space: SearchSpace) -> None:
