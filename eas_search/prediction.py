@@ -102,7 +102,8 @@ def predictor_stage(bench: Workbench, folder: StageFolder) -> LatencyPredictor:
 def _is_the_original(bench: Workbench, nothing: SkipConfig) -> bool:
     """Whether nothing is left of the adapters where nothing is skipped, but biases: they cost no time of their own."""
     merged = merge(bench.student(nothing))
-    return list(map(type, merged.modules())) == list(map(type, bench.model.modules()))
+    names = [[name for name, _ in model.named_modules()] for model in (merged, bench.model)]
+    return names[0] == names[1]
 
 
 def _passes(bench: Workbench, configs: Sequence[SkipConfig]) -> Iterator[list[PhaseLatency]]:
