@@ -11,7 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    EncoderDecoderCache,
+    LinearAttentionCacheLayerMixin,
+)
 
 from eas_search.exceptions import ConfigError, UnsupportedModelError
 from eas_search.pooling import PoolState
@@ -63,6 +68,10 @@ class SiteStates:
                 "expected plain decoding or pooling 'prompt'"
             )
         super().crop(tokens_to_remove)  # type: ignore[misc]
+        # A skipped layer counts for itself: the one that it asks for its length may not have forgotten yet.
+        left = getattr(self, "length", None)
+        if not (self.get_seq_length() if left is None else left):  # type: ignore[attr-defined]
+            self.states.clear()
 
     def reset(self) -> None:
         """Forget everything, for a new sequence."""
@@ -71,11 +80,20 @@ class SiteStates:
 
 
 class _NoKeysNoValues(CacheLayerMixin):
-    """The bookkeeping of a cache layer without its tensors."""
+    """The bookkeeping of a cache layer without its tensors.
+
+    `reference` is a kept layer of the same kind, `following` the next kept one that the cache moves between devices.
+    """
 
     supports_early_init = False
 
-    def __init__(self, replaces: CacheLayerMixin | None, reference: CacheLayerMixin | None, croppable: bool) -> None:
+    def __init__(
+        self,
+        replaces: CacheLayerMixin | None,
+        reference: CacheLayerMixin | None,
+        following: CacheLayerMixin | None,
+        croppable: bool,
+    ) -> None:
         super().__init__()
         self.is_sliding = getattr(replaces, "is_sliding", False)
         # A cache is compileable when all its layers are. A static one must stay so: otherwise `transformers` drops the
@@ -85,6 +103,7 @@ class _NoKeysNoValues(CacheLayerMixin):
         self.is_initialized = True
         self.keys = self.values = torch.empty(0)  # there are none; Mllama counts them in every layer
         self.reference = reference
+        self.following = following
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -123,7 +142,9 @@ class _NoKeysNoValues(CacheLayerMixin):
         """Nothing to move."""
 
     def prefetch(self) -> None:
-        """Nothing to move."""
+        """Nothing to move here; a cache that fetches one layer ahead means the next one that has something."""
+        if self.following is not None:
+            self.following.prefetch()
 
     def reset(self) -> None:
         """Start a new sequence."""
@@ -156,6 +177,15 @@ def _stateful(layer: CacheLayerMixin) -> CacheLayerMixin:
     return twin
 
 
+def fixed_means(cache: object) -> bool:
+    """Whether a cache holds means over a whole prompt, which later tokens no longer change."""
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    if not isinstance(own, Cache) or own.get_seq_length() == 0:
+        return False
+    states = [state for layer in own.layers if isinstance(layer, SiteStates) for state in layer.states.values()]
+    return any(state.count is None for state in states)
+
+
 def prepare_cache(
     cache: Cache, layers: int, skipped: frozenset[int], stateful: frozenset[int], croppable: bool, owner: int
 ) -> None:
@@ -177,22 +207,36 @@ def prepare_cache(
             "past_key_values holds tokens of another model; expected an empty cache: "
             "start the generation anew with this model"
         )
-    kept = [layer for i, layer in enumerate(cache.layers) if i not in skipped]
+    kinds, moved = [type(layer) for layer in cache.layers], _moved(cache)
     for i in skipped:
-        replaced = cache.layers[i]
-        if type(replaced).__module__ != "transformers.cache_utils" or isinstance(
-            replaced, LinearAttentionCacheLayerMixin
-        ):
+        if kinds[i].__module__ != "transformers.cache_utils" or issubclass(kinds[i], LinearAttentionCacheLayerMixin):
             raise UnsupportedModelError(
-                f"cache slot {i} is a {type(replaced).__name__}, which holds more than keys and values; expected a "
+                f"cache slot {i} is a {kinds[i].__name__}, which holds more than keys and values; expected a "
                 "slot of softmax attention alone: leave this site in, or decode with use_cache=False"
             )
-        # Sliding and full layers have masks of different sizes: the answer must come from a layer of the same kind.
-        reference = next((layer for layer in kept if type(layer) is type(replaced)), None)
-        cache.layers[i] = SkippedCacheLayer(replaced, reference, croppable)
+    # First, because the skipped ones refer to the objects that stay.
     for i in stateful:
         cache.layers[i] = _stateful(cache.layers[i])
         if not croppable:
             cache.layers[i].is_croppable = False
+    kept = [(i, layer) for i, layer in enumerate(cache.layers) if i not in skipped]
+    for i in skipped:
+        # Sliding and full layers have masks of different sizes: the answer must come from a layer of the same kind.
+        reference = next((layer for j, layer in kept if kinds[j] is kinds[i]), None)
+        behind = sorted((j for j, _ in kept if j in moved), key=lambda j: (j < i, j))
+        following = cache.layers[behind[0]] if behind else None
+        cache.layers[i] = SkippedCacheLayer(cache.layers[i], reference, following, croppable)
     for i in skipped | stateful:
         cache.layers[i].owner = owner
+
+
+def _moved(cache: Cache) -> set[int]:
+    """The slots of the layers that a cache moves to the CPU and back, as `Cache.prefetch` chooses them."""
+    if not cache.offloading:
+        return set()
+    marks = zip(cache.is_linear, cache.is_dummy, cache.is_sliding, strict=True)
+    return {
+        i
+        for i, (linear, dummy, sliding) in enumerate(marks)
+        if not (linear or dummy or (sliding and cache.only_non_sliding))
+    }

@@ -22,6 +22,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 RunFolder = Annotated[Path, typer.Argument(help="Output folder of a search.")]
 Storage = Annotated[str | None, typer.Option(help="Optuna storage URL, if the search was given one.")]
 ExportFolder = Annotated[Path, typer.Argument(help="Folder of an exported model.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")]
 PLUGIN = "Python file or module to import first, which registers a task or pattern. Runs it."
 
 
@@ -38,9 +39,7 @@ def sites(  # noqa: PLR0913, PLR0917  (one parameter per flag is how typer works
     towers: Annotated[str | None, typer.Option(help="Only these, e.g. text,vision [default: all].")] = None,
     every: Annotated[bool, typer.Option("--all", help="A row for every site instead of one for equal layers.")] = False,
     context: Annotated[int, typer.Option(min=1, help="Tokens at which shares of FLOPs are counted.")] = 1024,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model. Read it first.")
-    ] = False,
+    trust_remote_code: Trust = False,
     gain: Annotated[
         bool, typer.Option("--break-even", help="Also: the most that skipping can gain here, before any search.")
     ] = False,
@@ -87,7 +86,7 @@ def sites(  # noqa: PLR0913, PLR0917  (one parameter per flag is how typer works
         if not json.parent.is_dir():
             raise ConfigError(f"--json {str(json)!r} is in no folder that exists; expected one: make it first")
         write_json(json, figures)
-        console.print(f"Wrote {json}", markup=False)
+        console.print(f"Wrote {json}")
 
 
 @app.command()
@@ -105,10 +104,15 @@ def export(  # noqa: PLR0913, PLR0917  (one parameter per flag is how typer work
     trial: Annotated[int | None, typer.Option(help="Trial number [default: the chosen one].")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder to write [default: RUN/export-N[-FORMAT]].")] = None,
     kind: Annotated[
-        str, typer.Option("--format", help="eas, adapter, lora, stock, torch-export, onnx or decilm.")
-    ] = "eas",
+        str | None,
+        typer.Option(
+            "--format",
+            help="eas, adapter, lora, stock, torch-export, onnx or decilm [default: eas, or adapter if it must be].",
+        ),
+    ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only show which formats can hold this configuration.")] = False,
     storage: Storage = None,
+    trust_remote_code: Trust = False,
     plugin: Plugins = None,
     debug: Debug = False,
 ) -> None:
@@ -116,7 +120,7 @@ def export(  # noqa: PLR0913, PLR0917  (one parameter per flag is how typer work
     from eas_search.study.afterwards import export_trial, plan_export
 
     if plan:
-        number, verdicts = plan_export(run, trial, storage)
+        number, verdicts = plan_export(run, trial, storage, trust_remote_code)
         table = Table(title=f"Export formats for trial {number}", title_justify="left")
         for heading in ("format", "", "why"):
             table.add_column(heading, overflow="fold")
@@ -124,16 +128,18 @@ def export(  # noqa: PLR0913, PLR0917  (one parameter per flag is how typer work
             table.add_row(name, verdict.kind, verdict.reason)
         console.print(table)
         return
-    folder = export_trial(run, trial, output, storage, kind)
+    folder = export_trial(run, trial, output, storage, kind, trust_remote_code)
     console.print(f"Exported and verified: {folder}")
 
 
 @app.command()
-def verify(folder: ExportFolder, plugin: Plugins = None, debug: Debug = False) -> None:
+def verify(
+    folder: ExportFolder, trust_remote_code: Trust = False, plugin: Plugins = None, debug: Debug = False
+) -> None:
     """Reload an export and compare it with the recorded answers of the trained student it was made from."""
-    from eas_search.export import verify as check
+    from eas_search.study.afterwards import verify_export
 
-    result = check(folder)
+    result = verify_export(folder, trust_remote_code)
     table = Table(title=f"Largest differences, format {result.kind}", title_justify="left")
     table.add_column("asked", overflow="fold")
     table.add_column("difference", justify="right")
@@ -154,13 +160,14 @@ def evaluate(
     folder: ExportFolder,
     data: Annotated[Path | None, typer.Option(help="Folder with the task's data.")] = None,
     limit: Annotated[int | None, typer.Option(help="Held-out samples to use [default: as in the search].")] = None,
+    trust_remote_code: Trust = False,
     plugin: Plugins = None,
     debug: Debug = False,
 ) -> None:
     """Measure an export again: held-out accuracy, and latency against its base model."""
     from eas_search.study.afterwards import evaluate_export
 
-    figures = evaluate_export(folder, data, limit)
+    figures = evaluate_export(folder, data, limit, trust_remote_code)
     table = Table(title="Measured now, beside what the export claims", title_justify="left")
     for heading in ("", "now", "claimed"):
         table.add_column(heading)

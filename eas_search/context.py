@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -24,8 +25,58 @@ from eas_search.skip_config import Pooling
 
 _OWNERS = itertools.count()
 
+_Tokens = tuple[Tensor | None, Tensor | None, dict[str, Tensor], bool, tuple[int, ...] | None, str]
 
-@dataclass
+
+class Pass(threading.local):
+    """What the forward pass says in which a thread is; every thread sees its own.
+
+    Models of `transformers` may run in several threads at once, and autograd may compute a checkpointed block again in
+    a thread of its own.
+
+    Attributes:
+        mask: [B, n], 1 for tokens that may enter a mean; None: all.
+        scratch: see `PoolSession`; new in every pass.
+        entered: whether the stack is running.
+        shape: (B, n) of the tokens.
+        refusal: see `PoolSession`.
+        cache: KV cache, if the pass uses one.
+        prompt_mask: [B, n] as noted from `prompt_mask=` or `labels=`, until the stack is entered.
+        given_mask: [B, n] attention mask that the whole model was called with, until the stack is entered. A tower
+            whose blocks are run from outside their stack is never entered; then this is the mask.
+        width: n of the tokens that the whole model was called with, until the stack is entered; None: unknown.
+        prompt_length: tokens of the prompt while `generate` runs.
+    """
+
+    mask: Tensor | None = None
+    entered: bool = False
+    shape: tuple[int, ...] | None = None
+    refusal: str = ""
+    cache: Cache | None = None
+    prompt_mask: Tensor | None = None
+    given_mask: Tensor | None = None
+    width: int | None = None
+    prompt_length: int | None = None
+
+    def __init__(self) -> None:
+        self.scratch: dict[str, Tensor] = {}
+
+    def begin(self, entered: bool) -> None:
+        """Forget the tokens of the last pass, of which an interrupt may have left more than a mask."""
+        self.tokens = None, None, {}, entered, None, ""
+        self.cache = None
+
+    @property
+    def tokens(self) -> _Tokens:
+        """What sessions read, for a block that is computed again."""
+        return self.mask, self.given_mask, self.scratch, self.entered, self.shape, self.refusal
+
+    @tokens.setter
+    def tokens(self, tokens: _Tokens) -> None:
+        self.mask, self.given_mask, self.scratch, self.entered, self.shape, self.refusal = tokens
+
+
+@dataclass(eq=False)
 class TokenContext:
     """Shared by all sites of one stack.
 
@@ -33,126 +84,132 @@ class TokenContext:
         pooling: see `SkipConfig.pooling`.
         skipped: cache slots of the skipped sites.
         stateful: cache slots of kept sites whose routed light adapters keep a mean.
-        mask: [B, n], 1 for tokens that may enter a mean in the current pass; None: all.
-        scratch: see `PoolSession`; new in every pass.
-        cache: KV cache of the current pass, if it uses one.
-        prompt_mask: [B, n] as noted from `prompt_mask=` or `labels=`, until the stack is entered.
-        given_mask: [B, n] attention mask that the whole model was called with, until the stack is entered. A tower
-            whose blocks are run from outside their stack is never entered; then this is the mask.
-        shape: (B, n) of the tokens of the current pass.
-        layers: number of cache slots of the stack.
-        entered: whether the stack is running.
-        prompt_length: tokens of the prompt while `generate` runs.
+        layers: number of cache slots of the stack; 0 where no hook can say when it is entered.
         owner: number of this context, by which a cache tells whose means it holds.
         spare_first: see `SkipConfig.router_spares_first`.
         causal: whether a site of the stack only looks back.
         streams: whether the stack runs two streams side by side, so that only the call of an attention says which
             tokens it sees.
+        now: the pass in which the asking thread is.
     """
 
     pooling: Pooling
     skipped: frozenset[int] = frozenset()
     stateful: frozenset[int] = frozenset()
-    mask: Tensor | None = None
-    scratch: dict[str, Tensor] = field(default_factory=dict)
-    cache: Cache | None = None
-    prompt_mask: Tensor | None = None
-    given_mask: Tensor | None = None
-    shape: tuple[int, ...] | None = None
     layers: int = 0
-    entered: bool = False
-    prompt_length: int | None = None
     owner: int = field(default_factory=lambda: next(_OWNERS))
     spare_first: bool = False
     causal: bool = True
     streams: bool = False
+    now: Pass = field(default_factory=Pass, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenContext:
         """The context of a copied or merged student, whose adapters are others."""
         twin = copy.copy(self)
-        twin.owner = next(_OWNERS)
+        twin.owner, twin.now = next(_OWNERS), Pass()
         return twin
+
+    @property
+    def mask(self) -> Tensor | None:
+        """[B, n], 1 for tokens that may enter a mean in the current pass; None: all."""
+        return self.now.mask
+
+    @property
+    def cache(self) -> Cache | None:
+        """KV cache of the current pass, if it uses one."""
+        return self.now.cache
 
     def session(self, layer: int, x: Tensor, mask: Tensor | None = None) -> PoolSession:
         """The means of the site in cache slot `layer`, over the tokens x [B, n, d].
 
         `mask` is the one that the attention was called with; it counts where there are several streams.
         """
-        refusal = ""
         if self.streams:
             # One row for all queries: an encoder's tokens all see the same.
             row = mask[..., :1, :] if mask is not None and mask.dim() == 4 else mask
             seen = visible_tokens(row, x.shape[1])
             return PoolSession(self.pooling, seen, spare_first=self.spare_first)
-        if not self.entered and self.causal and self.pooling in ("prompt", "prefix"):
+        now, refusal = self.now, ""
+        if now.entered:
+            refusal = now.refusal
+            if now.shape is not None and x.dim() == 3 and x.shape[:2] != now.shape:
+                refusal = f"it got tokens of shape {tuple(x.shape[:2])} in a pass over {tuple(now.shape)}"
+        elif self.causal and self.pooling in ("prompt", "prefix"):
             refusal = "it ran outside the module that owns its list of layers"
-        elif self.entered and self.shape is not None and x.dim() == 3 and x.shape[:2] != self.shape:
-            refusal = f"it got tokens of shape {tuple(x.shape[:2])} in a pass over {tuple(self.shape)}"
-        mask = self.mask if self.entered else self.given_mask
+        elif self.layers and torch._C._current_graph_task_id() != -1:
+            # A backward pass that computes a block again by other means than the model's own switch (`RememberedPass`).
+            refusal = "activation checkpointing runs it again without the masks of its pass"
+        mask = now.mask if now.entered else now.given_mask
         if mask is not None and mask.shape != x.shape[:2]:
             mask = None  # of another tower's tokens
         states = None
-        if self.cache is not None and layer < len(self.cache.layers):
-            slot = self.cache.layers[layer]
+        if now.cache is not None and layer < len(now.cache.layers):
+            slot = now.cache.layers[layer]
             states = slot.states if isinstance(slot, SiteStates) else None
         # Of a pass that never enters, nobody says when it ends: nothing is kept for the next block.
-        scratch = self.scratch if self.entered else {}
+        scratch = now.scratch if now.entered else {}
         return PoolSession(self.pooling, mask, states, scratch, refusal, self.spare_first)
 
     def advance(self, layer: int, tokens: int) -> None:
         """Count the tokens that a skipped site has let through."""
-        if self.cache is not None:
-            slot = self.cache.layers[layer]
+        cache = self.now.cache
+        if cache is not None:
+            slot = cache.layers[layer]
             assert isinstance(slot, SkippedCacheLayer)
             slot.length += tokens
 
     @contextmanager
     def generating(self, prompt_length: int | None) -> Iterator[None]:
         """While active, only the first `prompt_length` tokens of a row are its prompt."""
-        self.prompt_length, before = prompt_length, self.prompt_length
+        now = self.now
+        now.prompt_length, before = prompt_length, now.prompt_length
+        # A part of a model that decodes by itself would take what an interrupted pass of the whole one has noted.
+        now.prompt_mask = now.given_mask = now.width = None
         try:
             yield
         finally:
-            self.prompt_length = before
+            now.prompt_length = before
 
 
-_PassState = tuple[Tensor | None, dict[str, Tensor], bool, tuple[int, ...] | None]
-
-
-@dataclass
-class Recompute:
-    """`context_fn` of torch's activation checkpointing: a block that is computed again sees the tokens of its own pass.
+@dataclass(eq=False)
+class RememberedPass:
+    """Activation checkpointing of either kind, in which a block that is computed again sees the tokens of its own pass.
 
     By then the stack has been left, and another pass may have left its masks behind.
     """
 
+    checkpoint: Callable[..., Any]
     contexts: tuple[TokenContext, ...]
 
-    def __call__(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """What is entered around the pass and, later, around its recomputation."""
-        return nullcontext(), self._again(
-            [(context.mask, context.scratch, True, context.shape) for context in self.contexts]
-        )
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """As torch's `checkpoint`."""
+        seen = [context.now.tokens for context in self.contexts]
 
-    @contextmanager
-    def _again(self, then: list[_PassState]) -> Iterator[None]:
-        now = [(context.mask, context.scratch, context.entered, context.shape) for context in self.contexts]
-        try:
-            self._set(then)
-            yield
-        finally:
-            self._set(now)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            before = [context.now.tokens for context in self.contexts]
+            try:
+                self._show(seen)
+                return function(*args, **kwargs)
+            finally:
+                self._show(before)
 
-    def _set(self, states: list[_PassState]) -> None:
-        for context, state in zip(self.contexts, states, strict=True):
-            context.mask, context.scratch, context.entered, context.shape = state
+        return self.checkpoint(run, *args, **kwargs)
+
+    def _show(self, passes: list[_Tokens]) -> None:
+        for context, tokens in zip(self.contexts, passes, strict=True):
+            context.now.tokens = tokens
 
 
 def remember_passes(stack: nn.Module, contexts: tuple[TokenContext, ...]) -> None:
     """Where activation checkpointing is on, let it restore the contexts of the pass that it computes again."""
     for module in stack.modules():
         checkpoint: Any = module.__dict__.get("_gradient_checkpointing_func")
-        keywords = getattr(checkpoint, "keywords", {})
-        if keywords.get("use_reentrant") is False and "context_fn" not in keywords:
-            remembering: Any = partial(checkpoint, context_fn=Recompute(contexts))
+        if checkpoint is None:
+            continue
+        known: tuple[TokenContext, ...] = ()
+        if isinstance(checkpoint, RememberedPass):
+            checkpoint, known = checkpoint.checkpoint, checkpoint.contexts
+        missing = [context for context in contexts if context not in known]
+        if missing:
+            remembering: Any = RememberedPass(checkpoint, (*known, *missing))
             module._gradient_checkpointing_func = remembering

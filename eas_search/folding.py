@@ -109,7 +109,8 @@ class ThinPath(nn.Module):
         logits = session.router_mean(f"{key}.router", u if other is None else other, self.router.weight)
         logits = logits + self.router.bias
         w = torch.softmax(logits, dim=-1)
-        return w[..., :1] * self.ups[0](z) + w[..., 1:] * self.ups[1](z)
+        # Autocast weighs the experts in float32.
+        return (w[..., :1] * self.ups[0](z) + w[..., 1:] * self.ups[1](z)).to(u.dtype)
 
 
 class FoldedFfn(nn.Module):
@@ -152,13 +153,17 @@ class FoldedFfn(nn.Module):
             return out(value)
         if lift is not None:
             residual = residual + lift
-        # The product accumulates onto the residual stream: one pass less, but over one token the calls cost more.
+        # The product accumulates onto the residual stream: one pass less, but over one token the calls cost more. Under
+        # autocast the sum would take the product's precision, which an ordinary block's stream does not.
         if out.bias is None and residual.shape[-2] > 1:
-            stream = residual.flatten(0, -2)
-            add = stream.addmm_ if in_place and lift is not None else stream.addmm  # a sum with the lift is our own
-            return add(value.flatten(0, -2), out.weight.T).view(residual.shape)
+            weight = out.weight
+            if hidden[0].dtype == value.dtype == weight.dtype == residual.dtype:
+                stream = residual.flatten(0, -2)
+                # A sum with the lift is our own.
+                add = stream.addmm_ if in_place and lift is not None else stream.addmm
+                return add(value.flatten(0, -2), weight.T).view(residual.shape)
         y = out(value)
-        return y.add_(residual) if in_place else y + residual
+        return y.add_(residual) if in_place and y.dtype == residual.dtype else y + residual
 
 
 def constant_gate(activation: Callable[[Tensor], Tensor]) -> float:

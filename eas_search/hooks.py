@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache as memoise
 from typing import Any
 
 import torch
@@ -17,27 +19,42 @@ from eas_search.exceptions import ConfigError
 from eas_search.masks import question_mask, seen_tokens, visible_tokens
 
 
+@memoise
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a class's arguments; every pass asks for them."""
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
 @dataclass
 class NotePrompt:
     """Forward pre-hook of the whole model: takes the prompt mask from `prompt_mask` or `labels`.
 
-    `masked` says whether the model's attention mask is about the tokens of this stack; a vision tower's patches may by
-    chance be as many as the text's tokens.
+    The attention mask that it notes is about the tokens of this stack: a vision tower's patches, or the audio beside a
+    text, may by chance be as many as the text's tokens, and so may a decoder's tokens be as many as the encoder's.
     """
 
     context: TokenContext
-    masked: bool = True
+    tower: str = "text"
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Note the mask; `prompt_mask` [B, n] is removed because no model of `transformers` knows it."""
-        given, labels = kwargs.pop("prompt_mask", None), kwargs.get("labels")
-        tokens = kwargs.get("input_ids")
+        given, context, now = kwargs.pop("prompt_mask", None), self.context, self.context.now
+        names = _parameters(type(module).forward)
+        named = {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
+        labels = named.get("labels")
+        ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
+        shape = ids.shape if ids is not None else None if embeds is None else embeds.shape[:2]
         if given is None and labels is not None and labels.dim() == 2:
             # Labels of classes and of a decoder's own tokens say nothing about these tokens.
-            given = question_mask(labels) if tokens is None or tokens.shape == labels.shape else None
-        self.context.prompt_mask = given
-        mask = kwargs.get("attention_mask")
-        self.context.given_mask = mask if self.masked and isinstance(mask, Tensor) and mask.dim() == 2 else None
+            given = question_mask(labels) if shape is None or shape == labels.shape else None
+        now.begin(entered=False)
+        now.prompt_mask, now.width = given, None if shape is None else shape[1]
+        behind_encoder = context.causal and "decoder_attention_mask" in names
+        mask = named.get("decoder_attention_mask" if behind_encoder else "attention_mask")
+        others = self.tower == "vision" or (self.tower == "audio" and "input_ids" in names)
+        now.given_mask = mask if not others and isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if module.training and not context.layers:
+            remember_passes(module, (context,))
         return args, kwargs
 
 
@@ -56,44 +73,56 @@ class EnterStack:
         signature = inspect.signature(module.forward)
         call = signature.bind(*args, **kwargs).arguments
         named = {**call.pop("kwargs", {}), **call}
-        context = self.context
+        now = self.context.now
         tokens = next((named[name] for name in TOKENS if named.get(name) is not None), None)
-        context.mask, context.shape, context.scratch, context.entered = None, None, {}, True
+        given = now.given_mask
+        now.begin(entered=True)
         if tokens is not None and tokens.dim() <= 3:
-            context.shape = tuple(tokens.shape[:2])
-            context.mask = self._mask(tokens, named)
-        context.prompt_mask = context.given_mask = None
+            now.shape = tuple(tokens.shape[:2])
+            now.mask = self._mask(tokens, named, given)
+        now.prompt_mask = now.width = None
         if self.cross is not None:
             mask = named.get("encoder_attention_mask")
-            self.cross.mask = None if mask is None else seen_tokens(mask)
-            self.cross.scratch, self.cross.entered = {}, True
+            self.cross.now.begin(entered=True)
+            self.cross.now.mask = None if mask is None else seen_tokens(mask)
         if module.training:
-            remember_passes(module, (context,) if self.cross is None else (context, self.cross))
+            remember_passes(module, (self.context,) if self.cross is None else (self.context, self.cross))
         if "past_key_values" in signature.parameters and hasattr(module, "config"):
             named["past_key_values"] = self._cache(module, named)
         return (), named
 
-    def _mask(self, tokens: Tensor, named: dict[str, Any]) -> Tensor | None:
-        n = tokens.shape[1]
-        context = self.context
-        given = named.get("attention_mask")
-        if given is None and context.given_mask is not None and context.given_mask.shape[1] == n:
-            given = context.given_mask
-        mask = visible_tokens(given, n, named.get("past_key_values"))
-        if context.pooling != "prompt":
+    def _mask(self, tokens: Tensor, named: dict[str, Any], given: Tensor | None) -> Tensor | None:
+        """[B, n] bool, the tokens that may enter a mean; None: all, or nobody knows (then `refusal` says why)."""
+        (rows, n), now, cache = tokens.shape[:2], self.context.now, named.get("past_key_values")
+        own = named.get("attention_mask")
+        if own is None and given is not None and given.shape[1] == n:
+            own = given
+        mask = visible_tokens(own, n, cache)
+        if self.context.pooling != "prompt" or (now.prompt_mask is None and now.prompt_length is None):
             return mask
-        if context.prompt_mask is not None:
-            prompt = context.prompt_mask.to(tokens.device).bool()
-            mask = prompt if mask is None else mask & prompt
-        cache = named.get("past_key_values")
-        first = cache is not None and cache.get_seq_length() == 0
-        if first and context.prompt_length is not None and context.prompt_length > n:
-            raise ConfigError(
-                f"pooling 'prompt' needs the prompt of {context.prompt_length} tokens in one piece, got {n} first; "
-                "expected generation without prefill_chunk_size, or pooling 'prefix'"
+        # What a model puts among the tokens that it is called with, such as an image's, is part of the prompt.
+        added = 0 if now.width is None else max(0, n - now.width)
+        prompts = []
+        if now.prompt_mask is not None:
+            prompt = now.prompt_mask.to(tokens.device).bool()
+            prompts.append(torch.cat([prompt.new_ones(len(prompt), added), prompt], dim=1) if added else prompt)
+        length = now.prompt_length
+        if length is not None:
+            length += added
+            if length > n and cache is not None and cache.get_seq_length() == 0:
+                raise ConfigError(
+                    f"pooling 'prompt' needs the prompt of {length} tokens in one piece, got {n} first; "
+                    "expected generation without prefill_chunk_size, or pooling 'prefix'"
+                )
+            if length < n:
+                prompts.append(torch.arange(n, device=tokens.device).expand(rows, -1) < length)
+        for prompt in prompts:
+            odd = next(
+                (one for one in (prompt, mask) if one is not None and one.shape not in ((rows, n), (1, n))), None
             )
-        if context.prompt_length is not None and context.prompt_length < n:
-            prompt = torch.arange(n, device=tokens.device).expand(tokens.shape[0], -1) < context.prompt_length
+            if odd is not None:
+                now.refusal = f"its pass is over tokens of shape {(rows, n)}, one of its masks over {tuple(odd.shape)}"
+                return None
             mask = prompt if mask is None else mask & prompt
         return mask
 
@@ -117,7 +146,7 @@ class EnterStack:
             context.pooling != "prefix",
             context.owner,
         )
-        context.cache = own
+        context.now.cache = own
         return cache
 
 
@@ -130,6 +159,6 @@ class LeaveStack:
 
     def __call__(self, module: nn.Module, args: tuple, output: object) -> None:
         """Called with the stack's output."""
-        self.context.cache, self.context.entered = None, False
+        self.context.now.cache, self.context.now.entered = None, False
         if self.cross is not None:
-            self.cross.entered = False
+            self.cross.now.entered = False

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from eas_search.architectures import AttentionSite
 from eas_search.architectures.norms import Normalise, split_norm
 from eas_search.architectures.recompose import ffn_of
 from eas_search.blocks import SkippedBlock, StudentBlock
@@ -25,6 +26,7 @@ from eas_search.folding import ThinPath, carries_linear, fold_pia, linear
 from eas_search.head import settle_head
 from eas_search.lora import merge_lora
 from eas_search.parts import AdaptedAttention, become
+from eas_search.pia import Pia
 from eas_search.pooling import PoolSession
 from eas_search.skipping import share_copy
 from eas_search.stand_ins import StandIn
@@ -104,16 +106,26 @@ def merge(student: Model, thin: Collection[str] | None = None) -> Model:
                 kept.append(site.name)
         elif isinstance(host, StandIn):
             if host.eas_config.pia_dim > 0:
-                _merge_stand_in(host)
+                _merge_stand_in(host, _precision(merged, site))
         elif isinstance(attention := merged.get_submodule(site.name), AdaptedAttention):
-            _merge_adapted(attention)
+            _merge_adapted(attention, _precision(merged, site))
     merge_lora(merged)
-    dtype = next(parameter.dtype for parameter in merged.parameters() if parameter.is_floating_point())
-    settle_head(merged, dtype)
-    for path in [part for part in merged.modules() if isinstance(part, ThinPath)]:
-        path.to(dtype)
+    settle_head(merged, _precision(merged, info.sites[0]))  # behind the text tower, where there is one
     merged.eas = replace(info, merged=True, thin=tuple(kept))
     return merged
+
+
+def _precision(merged: nn.Module, site: AttentionSite) -> torch.dtype:
+    """The dtype of the weights around a site; other parts of the model may have been loaded in another one.
+
+    Adapters, which are float32 over any base, do not count, and neither does what is packed into eight bits or fewer.
+    """
+    for tree in (merged.get_submodule(site.block), merged):
+        adapters = {id(own) for part in tree.modules() if isinstance(part, Pia) for own in part.parameters()}
+        for weight in tree.parameters():
+            if weight.is_floating_point() and weight.itemsize > 1 and id(weight) not in adapters:
+                return weight.dtype
+    raise AssertionError("a model without weights has no sites")
 
 
 def stream_folds(block: Any) -> bool:
@@ -126,12 +138,12 @@ def stream_folds(block: Any) -> bool:
     return not site.pattern.post_ffn and carries_linear(activation, site.ffn.gated)
 
 
-def _merge_stand_in(attention: Any) -> None:
+def _merge_stand_in(attention: Any, dtype: torch.dtype) -> None:
     """The PIA reads x̂ as the block makes it, so nothing but its own two products is left to fold."""
     pia = attention.pia_stream
     ones = torch.ones_like(pia.down.weight[0])
     pooled = attention.eas_context.pooling != "none"
-    attention.pia_stream = ThinPath(fold_pia(pia, ones, None, pooled), pia.down.weight)
+    attention.pia_stream = ThinPath(fold_pia(pia, ones, None, pooled), pia.down.weight.to(dtype))
 
 
 def _merge_skipped(block: Any, thin: bool | None) -> bool:
@@ -176,7 +188,7 @@ def _merge_skipped(block: Any, thin: bool | None) -> bool:
     return kept
 
 
-def _merge_adapted(attention: Any) -> None:
+def _merge_adapted(attention: Any, dtype: torch.dtype) -> None:
     """W (x̂ + U (C x̂ + c) + u0) = W (I + U C) x̂ + W (U c + u0), for each of q, k and v.
 
     An adapter stays where something else reads the attention's input too, or where the weights are quantised.
@@ -185,7 +197,7 @@ def _merge_adapted(attention: Any) -> None:
     layers = [attention.get_submodule(name) for name in site.qkv]
     folded = fold_pia(adapter, torch.ones_like(adapter.down.weight[0]), None, pooled=False)
     if folded.router is not None or not _reads_alone(attention, layers):
-        attention.eas_adapter = ThinPath(folded, adapter.down.weight)
+        attention.eas_adapter = ThinPath(folded, adapter.down.weight.to(dtype))
         return
     constant = folded.ups[0] @ folded.down_bias + folded.up_biases[0]
     for name, layer in zip(site.qkv, layers, strict=True):

@@ -41,7 +41,7 @@ def load_plugins(plugins: Iterable[str]) -> None:
                 _import_file(Path(plugin))
             else:
                 importlib.import_module(plugin)
-        except Exception as error:  # a plugin is a program; it can raise anything
+        except (Exception, SystemExit) as error:  # a plugin is a program; it can raise anything, and end itself
             reason = " ".join(str(error).split())[:200] or "no message"
             raise ConfigError(
                 f"plugin '{plugin}' cannot be imported ({type(error).__name__}: {reason}); expected a Python file or "

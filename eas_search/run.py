@@ -5,6 +5,7 @@ Only light modules are imported at the top: the first line appears before torch 
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 import signal
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from eas_search import __version__
 from eas_search.exceptions import ConfigError, EasSearchError
@@ -28,8 +30,9 @@ if TYPE_CHECKING:
     from eas_search.study import SearchResult
     from eas_search.study.progress import Display
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+# Without markup: a path, a name or a reason may hold what looks like some, e.g. `runs/[lr=1]`.
+console = Console(highlight=False, markup=False)
+errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 INTERRUPTED, USER_ERROR, UNFINISHED = 130, 2, 1
 # Flags that no study file can set.
@@ -131,8 +134,7 @@ def run_command(  # noqa: PLR0913, PLR0917  (one parameter per flag is how typer
         given["objectives"] = names(objectives)
     if towers is not None:
         given["space"] = {"towers": names(towers)}
-    title = f"[bold]eas_search {__version__}[/bold]  which attentions can this model do without?"
-    console.print(title)
+    console.print(Text.assemble((f"eas_search {__version__}", "bold"), "  which attentions can this model do without?"))
     given |= {TRUST: trust_remote_code, PLUGINS: tuple(plugin or ()), STEPS: fine_tune_steps}
     if show_batch:
         _show_batch(given, config)
@@ -150,7 +152,7 @@ def _show_batch(given: dict[str, Any], config: Path | None) -> None:
     from eas_search.study.preview import describe_first_batch
 
     for line in describe_first_batch(settings):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def _search(
@@ -158,18 +160,20 @@ def _search(
 ) -> None:
     console.print("Loading libraries …")
     settings, place = _settle(given, config, output, study_name, storage)
+    from eas_search.export.files import full_disk_explained
     from eas_search.study import create_study, run_study
     from eas_search.study.progress import make_display
 
-    study = create_study(settings, place.output, place.study_name, place.storage)
+    with full_disk_explained(place.output):
+        study = create_study(settings, place.output, place.study_name, place.storage)
     display = make_display(console)
     sure = SureInterrupt(display)
     try:
         result = run_study(study, settings, place.output, sure)
     finally:
-        signal.signal(signal.SIGINT, sure.before)
+        sure.restore()
         display.close()
-    show_result(result)
+    show_result(result, settings)
     if not result.reached:
         console.print(
             f"Stopped at {result.completed} of {settings.budget} trials (time limit). Resume with: {this_command()}"
@@ -181,11 +185,19 @@ class SureInterrupt:
     """Passes a search's news on to `display`; with the next piece of news it repeats a Ctrl-C that was lost.
 
     Python ignores a KeyboardInterrupt that happens to be raised inside a finaliser or a weak reference's callback.
+    SIGTERM, which schedulers and containers send, is a Ctrl-C, too, until `restore`.
     """
 
     def __init__(self, display: Display) -> None:
+        from eas_search.study.storage import ENDINGS
+
         self.display, self.seen = display, False
-        self.before = signal.signal(signal.SIGINT, self._handle)
+        self.before = {number: signal.signal(number, self._handle) for number in ENDINGS}
+
+    def restore(self) -> None:
+        """Give the signals back to who handled them before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _handle(self, *_: object) -> None:
         self.seen = True
@@ -221,9 +233,18 @@ def _settle(
     check_placement(settings.loading)
     get_task(settings.task, settings.data, settings.task_options)
     name = study_name or f"{settings.task}-{Path(settings.model).name}"
-    # A name from a user never becomes a path: only harmless characters reach the file system.
-    folder = output or Path("runs") / (re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "study")
-    return settings, RunPlace(folder, name, storage)
+    return settings, RunPlace(output or Path("runs") / folder_name(name), name, storage)
+
+
+def folder_name(study: str) -> str:
+    """The default folder of a study. A name from a user never becomes a path: only harmless characters reach it.
+
+    Where others were left out, a digest keeps names apart that would look the same without them.
+    """
+    harmless = re.sub(r"[^A-Za-z0-9._-]+", "-", study).strip(".-")
+    if harmless == study:
+        return study
+    return f"{harmless or 'study'}-{hashlib.sha256(study.encode()).hexdigest()[:8]}"
 
 
 def this_command() -> str:
@@ -233,7 +254,7 @@ def this_command() -> str:
     return shlex.join([*start, *sys.argv[1:]])
 
 
-def show_result(result: SearchResult) -> None:
+def show_result(result: SearchResult, settings: SearchSettings) -> None:
     """The closing table: the front, fastest first, and where everything is."""
     from eas_search.report.headline import headline
     from eas_search.report.labels import runs
@@ -293,27 +314,31 @@ def show_result(result: SearchResult) -> None:
     seconds = sum(result.summary["wall_clock"].values())
     console.print(f"{result.completed} trials in {seconds:.0f} s.  ★ is exported: {folder / 'export'}")
     console.print(f"Open {folder / 'pareto.html'} in a browser; export another point with:")
-    console.print(f"  eas-search export {shlex.quote(str(folder))} --trial N", soft_wrap=True)
+    trust = " --trust-remote-code" if settings.loading.trust_remote_code else ""
+    console.print(f"  eas-search export {shlex.quote(str(folder))} --trial N{trust}", soft_wrap=True)
 
 
 def guarded(call: Callable[[], Any], debug: bool) -> int:
     """Run a command; turn what a user caused into one line and an exit code."""
+    if hasattr(sys.stdout, "reconfigure"):
+        # An encoding without "★" must not end a search that has just finished.
+        sys.stdout.reconfigure(errors="replace")
     try:
         code = call()
     except EasSearchError as error:
         if debug:
             raise
-        errors.print(f"eas-search: {error}", markup=False)
+        errors.print(f"eas-search: {error}")
         return USER_ERROR
     except typer.Abort:
         code = INTERRUPTED
     except UsageError as error:
-        errors.print(f"eas-search: {_typed(error)}{error.format_message()} See --help.", markup=False)
+        errors.print(f"eas-search: {_typed(error)}{error.format_message()} See --help.")
         return USER_ERROR
     except KeyboardInterrupt:
         code = INTERRUPTED
     if code == INTERRUPTED:
-        errors.print(f"\nInterrupted; finished trials are kept. Resume with: {this_command()}", markup=False)
+        errors.print(f"\nInterrupted; finished trials are kept. Resume with: {this_command()}")
     return int(code or 0)
 
 

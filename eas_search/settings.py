@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,7 +44,7 @@ class SearchSettings(LoadSettings):
         data: its file, folder or hub id, if it needs any.
         task_options: what else the task wants to know, see `Options` of the task.
         budget: total number of completed trials.
-        seed: decides samples, proposals and fine-tuning.
+        seed: decides samples, proposals and fine-tuning; below 2³², which every library takes.
         jobs: worker processes.
         sampler: how skip configurations are proposed.
         ranking: the redundancy metric whose prefixes are the first trials; `eas` goes on with those of the others.
@@ -75,7 +75,7 @@ class SearchSettings(LoadSettings):
     data: Path | None = None
     task_options: dict[str, Any] = Field(default_factory=dict)
     budget: int = Field(default=50, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     jobs: int = Field(default=1, ge=1)
     sampler: Sampler = "eas"
     ranking: Ranking = "bandit"
@@ -105,7 +105,7 @@ class SearchSettings(LoadSettings):
     _trust_remote_code: bool = PrivateAttr(default=False)
     _plugins: tuple[str, ...] = PrivateAttr(default=())
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         """Validate; an unusable value raises `ConfigError` in one line."""
         try:
             super().__init__(**values)
@@ -214,6 +214,13 @@ class SearchSettings(LoadSettings):
         """
         fixed = self.model_dump(mode="json", exclude=set(MAY_CHANGE)) | {"protocol": PROTOCOL}
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
+
+    def first_difference(self, before: Mapping[str, Any]) -> str:
+        """The first setting that is another one than in `before` (JSON form) although it must not change, in words."""
+        for key, value in self.model_dump(mode="json").items():
+            if key not in MAY_CHANGE and before.get(key) != value:
+                return f"{key}: {before.get(key)} then, {value} now"
+        return "another version of eas_search"
 
 
 def _refuse_idle_bandit(supernet: SupernetSettings) -> None:

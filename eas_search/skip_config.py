@@ -61,7 +61,7 @@ class SkipConfig(BaseModel):
     scale: float = 1.0
     temperature: float = 10.0
 
-    def __init__(self, **values: object) -> None:
+    def __init__(self, /, **values: object) -> None:
         """Validate; an unusable value raises `ConfigError` in one line instead of pydantic's report."""
         try:
             super().__init__(**values)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers.generation.utils import GenerationMixin
 
 from eas_search.architectures import AttentionSite, attention_sites, resolve_skip
 from eas_search.architectures.surroundings import takes_tokens
 from eas_search.blocks import skip_site
+from eas_search.cache import fixed_means
 from eas_search.context import TokenContext
 from eas_search.copying import copy_modules
+from eas_search.dispatch import change_class
 from eas_search.exceptions import ConfigError
 from eas_search.head import own_head
 from eas_search.hooks import EnterStack, LeaveStack, NotePrompt
@@ -49,6 +54,7 @@ def share_copy(model: Model) -> Model:
     """A new module tree over the same tensors: parameters are frozen views, buffers are the same objects.
 
     Nothing done to the copy's structure or to `requires_grad` reaches the original; ties between weights survive.
+    Running statistics stay what they are whatever mode the copy is in, see `FixedStatistics`.
     """
     memo: dict[int, Any] = {}
     for tensor in model.parameters():
@@ -57,7 +63,37 @@ def share_copy(model: Model) -> Model:
         memo[id(tensor)] = view
     for buffer in model.buffers():
         memo[id(buffer)] = buffer
-    return copy_modules(model, memo)
+    twin = copy_modules(model, memo)
+    for module in twin.modules():
+        if not isinstance(module, FixedStatistics) and _has_statistics(module):
+            change_class(module, _fixed_class(type(module)))  # type: ignore[arg-type]
+            module.training = False
+    return twin
+
+
+class FixedStatistics(nn.Module):
+    """A norm with running statistics that stays in eval mode while the modules around it are trained.
+
+    Its statistics are those of the original model. A step in train mode would move them there and in all other
+    students, and adapters that are kept without them would stand on another base when they are loaded.
+    """
+
+    def train(self, mode: bool = True) -> Self:
+        """Its parts follow `mode`, itself it does not."""
+        super().train(mode)
+        self.training = False
+        return self
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    """Whether the module keeps running statistics, as torch's norms over a batch call them."""
+    return any(module._buffers.get(name) is not None for name in ("running_mean", "running_var"))
+
+
+@cache
+def _fixed_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of a norm with fixed statistics, which is still an instance of `kind`."""
+    return type(f"Fixed{kind.__name__}", (FixedStatistics, kind), {"__module__": __name__})
 
 
 def apply_skips(model: Model, config: SkipConfig, sites: Sequence[AttentionSite] | None = None) -> Model:
@@ -177,25 +213,53 @@ def _build_stack(
         if site.index in chosen:
             skip_site(student, site, config, context, supernet)
     own_context, cross = contexts.get("self") or TokenContext(pooling="none"), contexts.get("cross")
-    student.register_forward_pre_hook(NotePrompt(own_context, members[0].tower != "vision"), with_kwargs=True)
+    student.register_forward_pre_hook(NotePrompt(own_context, members[0].tower), with_kwargs=True)
     if not hooked:
         return
     module.register_forward_pre_hook(EnterStack(own_context, cross), with_kwargs=True)
     module.register_forward_hook(LeaveStack(own_context, cross), always_call=True)
-    if hasattr(student, "generate") and causal:
-        student.eas_context = own_context  # type: ignore[assignment]
-        student.generate = types.MethodType(_generate, student)  # type: ignore[assignment]
+    path = stack.split(".") if stack else []
+    # A model of several towers often leaves the decoding to a part of it, which alone sees the whole prompt.
+    for generating in [student.get_submodule(".".join(path[:end])) for end in range(len(path) + 1)] if causal else []:
+        # The first stack counts: language comes before what else decodes.
+        taken = getattr(vars(generating).get("generate"), "__func__", None) is _generate
+        if hasattr(generating, "generate") and not taken:
+            generating.eas_context = own_context  # type: ignore[assignment]
+            generating.generate = types.MethodType(_generate, generating)  # type: ignore[assignment]
 
 
 def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """`generate` of the model's own class, with the prompt's length noted for passes that use no cache."""
-    tokens = args[0] if args else kwargs.get("inputs_embeds", kwargs.get("input_ids", kwargs.get("inputs")))
-    length = None if tokens is None else tokens.shape[1]
+    """`generate` of the model's own class, with the prompt's length noted for passes that use no cache.
+
+    Raises:
+        ConfigError: the KV cache that it is to go on from holds the means of an earlier prompt.
+    """
+    own = type(self).generate
+    call = {**dict(zip(list(inspect.signature(own).parameters)[1:], args, strict=False)), **kwargs}
+    settings, past = call.get("generation_config"), call.get("past_key_values")
+    # An assistant is asked again and again, each time with the tokens that were accepted behind the same prompt.
+    if past is not None and fixed_means(past) and not getattr(settings, "is_assistant", False):
+        raise ConfigError(
+            f"pooling 'prompt' needs the whole prompt in one piece, got a cache of {int(past.get_seq_length())} "
+            "earlier tokens; expected generation without past_key_values, or pooling 'prefix' or 'none'"
+        )
     # A static cache makes `generate` compile the forward pass where it can; the hooks have not been proved under it.
-    if kwargs.get("generation_config") is None:
+    if settings is None:
         kwargs.setdefault("disable_compile", True)
-    with self.eas_context.generating(length):
-        return type(self).generate(self, *args, **kwargs)
+    with self.eas_context.generating(_prompt_length(self, call)):
+        return own(self, *args, **kwargs)
+
+
+def _prompt_length(model: Any, call: dict[str, Any]) -> int | None:
+    """Tokens of the prompt in a call of `generate`, by the names of its arguments; None: unknown."""
+    names = ["inputs_embeds", "input_ids"]
+    if getattr(model, "main_input_name", "") in names:
+        names.append("inputs")
+    tokens = next((call[name] for name in names if call.get(name) is not None), None)
+    if tokens is not None:
+        return int(tokens.shape[1])
+    # The library's own `generate` then begins with one token.
+    return 1 if type(model).generate is GenerationMixin.generate else None
 
 
 def adapter_parameters(student: nn.Module) -> dict[str, nn.Parameter]:

@@ -72,7 +72,8 @@ def baseline_stage(bench: Workbench, folder: StageFolder, report: Report) -> tup
 
     fine_tune(student, train, first, settings.seed, advance, bench.conditions)
     start = {name: parameter.detach().clone() for name, parameter in adapter_parameters(student).items()}
-    equal = settings.final.model_copy(update={"steps": rest})
+    # As a finalist, but nothing is skipped here: there is no other model to learn from.
+    equal = settings.final.model_copy(update={"steps": rest, "distill": 0.0})
 
     def advance_further(step: int, model: nn.Module) -> None:
         advance(first.steps + step, model)

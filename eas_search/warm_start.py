@@ -18,6 +18,7 @@ from eas_search.architectures import AttentionSite
 from eas_search.architectures.calls import CallForm, call_form
 from eas_search.architectures.norms import split_norm
 from eas_search.context import TokenContext
+from eas_search.exceptions import ConfigError
 from eas_search.models.calling import without_cache
 from eas_search.parts import original_class, other_stream
 from eas_search.pia import Pia
@@ -179,6 +180,9 @@ class _Recorder:
         return {"stream": a, "ffn": self.normalise2(h) - identity}
 
 
+ROUNDING = 1e-12  # of a variance that is none, as a share of the mean square
+
+
 @torch.no_grad()
 def write_closed_form(pia: Pia, moments: SiteMoments, target: str, ridge: float = 1e-2) -> float:
     """Give `pia` the reduced-rank least-squares weights for `target`; each output group gets its share of the rank.
@@ -190,8 +194,14 @@ def write_closed_form(pia: Pia, moments: SiteMoments, target: str, ridge: float 
         ridge: added to the features' covariance, relative to its mean diagonal. There are far fewer samples of a mean
             than of a token; without enough of it the pooled weights fit their noise and grow.
 
+    Where all calibration tokens that count are alike, as with a single sample, there is nothing to regress on: the PIA
+    then writes the mean of the target.
+
     Returns:
         R², the share of the target's variance that the full-rank regression on these features explains.
+
+    Raises:
+        ConfigError: the moments are not finite, or too large to calculate with: the model's training has diverged.
     """
     assert moments.f is not None, "no calibration sample reached this site"
     assert moments.ff is not None
@@ -199,14 +209,24 @@ def write_closed_form(pia: Pia, moments: SiteMoments, target: str, ridge: float 
     mean_f, mean_y = moments.f / n, moments.y[target] / n
     cov = moments.ff / n - torch.outer(mean_f, mean_f)
     cross = moments.fy[target] / n - torch.outer(mean_f, mean_y)
+    varied = bool(cov.diagonal().mean() > ROUNDING * (moments.ff / n).diagonal().mean())
     cov = cov + ridge * cov.diagonal().mean() * torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
-    full = torch.linalg.solve(cov, cross)  # [p, d]
-    explained = full.T @ cov @ full
     per_group, rows, ups = pia.shape.rank // groups, [], []
-    for part in torch.arange(width, device=cov.device).chunk(groups):
-        directions = torch.linalg.eigh(explained[part][:, part]).eigenvectors.flip(-1)[:, :per_group]
-        rows.append((full[:, part] @ directions).T)  # [r / groups, p]
-        ups.append(directions)
+    try:
+        full = torch.linalg.solve(cov, cross) if varied else torch.zeros_like(cross)  # [p, d]
+        explained = full.T @ cov @ full
+        if not explained.isfinite().all():
+            raise torch.linalg.LinAlgError("not finite")
+        for part in torch.arange(width, device=cov.device).chunk(groups):
+            directions = torch.linalg.eigh(explained[part][:, part]).eigenvectors.flip(-1)[:, :per_group]
+            rows.append((full[:, part] @ directions).T)  # [r / groups, p]
+            ups.append(directions)
+    except torch.linalg.LinAlgError as error:
+        raise ConfigError(
+            "closed-form start: activations of the calibration samples have a squared norm of "
+            f"{moments.yy[target] / n:.2g}; expected those of a working model: lower baseline.learning_rate, with "
+            "which its adapters are trained, and choose another --output"
+        ) from error
     bottleneck, up = torch.cat(rows) / pia.shape.mix, torch.cat(ups) / pia.shape.scale
     pia.down.weight.copy_(bottleneck[:, :width])
     # The bottleneck is centred, so that a unit that a slice leaves out takes no part of the mean with it.

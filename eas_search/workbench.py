@@ -20,6 +20,7 @@ from eas_search.latency import QuietLock
 from eas_search.latency.predictor import LatencyPredictor, site_classes, terms_of
 from eas_search.models.loading import load_config, load_model, model_location
 from eas_search.models.options import LoadOptions
+from eas_search.origin import bind_contents
 from eas_search.proof import refuse_unsound
 from eas_search.reuse import Caches, attach_caches
 from eas_search.search_space import SearchSpace
@@ -94,6 +95,8 @@ class Workbench:
             "selection": selection,
             "test": task.examples("test", limits.test),
         }
+        if folder is not None:
+            bind_contents(StageFolder(folder / "stages"), model, examples)
         splits = {name: task.encode(processor, found) for name, found in examples.items()}
         lock = None if folder is None or settings.jobs == 1 else folder / "quiet.lock"
         probe = on_device(next(iter(splits["validation"].batches(4))), model)

@@ -21,7 +21,7 @@ from eas_search.architectures import (
 from eas_search.architectures.norms import Normalise, split_norm
 from eas_search.architectures.patterns import _registered as registered
 from eas_search.exceptions import ConfigError, UnsupportedModelError
-from eas_search.proof import prove_deletion
+from eas_search.proof import prove_deletion, silenced
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import apply_skips
 
@@ -173,6 +173,73 @@ def test_a_block_with_the_right_names_and_another_function_only_gets_a_stand_in(
     assert "\n" not in str(caught.value)
 
 
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+@HALF
+@pytest.mark.parametrize("scale", [0.22, 0.5, 0.97])
+def test_in_half_precision_a_scaled_residual_is_still_seen(dtype: torch.dtype, scale: float) -> None:
+    """A student without an attention then equals the model in which that attention adds nothing: the same operations.
+
+    The weights are as small as in a model at its start, so that a block hardly differs from its input.
+    """
+    changes = {"hidden_size": 64, "head_dim": 32, "residual_multiplier": scale}
+    single, half = tiny("Granite", **changes), tiny("Granite", **changes).to(dtype)
+    sites = attention_sites(half)
+    assert not any(site.whole for site in (*sites, *attention_sites(single)))
+    student = apply_skips(half, SkipConfig(skip=(0,), pia_dim=0)).eval()
+    ids = torch.arange(6).view(1, 6)
+    with torch.no_grad(), silenced(half, sites[:1]):
+        expected = half(ids).logits
+    with torch.no_grad():
+        assert torch.equal(student(ids).logits, expected)
+
+
+@HALF
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "GPTNeoX", "Phi", "Gemma2", "OPT"])
+def test_in_half_precision_a_block_is_what_it_is_in_float32(family: str, dtype: torch.dtype) -> None:
+    changes = {"GPT2": {"n_embd": 16, "n_layer": 2, "n_head": 2}, "OPT": {"ffn_dim": 24, "word_embed_proj_dim": 16}}
+    model = tiny(family, **changes.get(family, {}))
+    expected = attention_sites(model)
+    assert all(site.whole for site in expected)
+    assert attention_sites(model.to(dtype)) == expected
+
+
+@HALF
+def test_an_examined_model_has_the_tensors_and_hooks_that_it_had(dtype: torch.dtype) -> None:
+    model = tiny("Llama").to(dtype)
+    block = model.model.layers[0]
+    block.mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight  # shared with a block that is not examined
+    block.mlp.register_buffer("constant", torch.ones(2, dtype=dtype))
+    seen: list[torch.dtype] = []
+    block.mlp.register_forward_hook(lambda _, args, output: seen.append(output.dtype))
+    before = [*model.parameters(), *model.buffers()]
+    values = [tensor.clone() for tensor in before]
+    assert all(site.whole for site in attention_sites(model))
+    assert seen
+    assert set(seen) == {torch.float32}
+    after = [*model.parameters(), *model.buffers()]
+    assert all(one is other for one, other in zip(after, before, strict=True))
+    assert all(torch.equal(one, value) for one, value in zip(after, values, strict=True))
+    block.mlp.down_proj.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        attention_sites(model)
+    assert all(one is other for one, other in zip(model.parameters(), before, strict=False))
+
+
+def test_weights_of_a_class_of_their_own_are_examined_as_they_are() -> None:
+    class Packed(nn.Parameter):
+        """As those of quantisation libraries, which say that they are bfloat16."""
+
+    model = tiny("Llama").to(torch.bfloat16)
+    block = model.model.layers[0]
+    block.mlp.up_proj.weight = Packed(block.mlp.up_proj.weight.detach())
+    seen: list[torch.dtype] = []
+    block.mlp.register_forward_hook(lambda _, args, output: seen.append(output.dtype))
+    assert all(site.whole for site in attention_sites(model))
+    assert set(seen) == {torch.bfloat16}
+
+
 def test_an_attention_that_others_read_from_is_refused_by_name() -> None:
     """T5's first layer makes the position bias of all others."""
     import transformers
@@ -284,6 +351,17 @@ def test_a_norm_that_is_something_else_is_refused(norm: nn.Module) -> None:
     with pytest.raises(UnsupportedModelError, match="expected a LayerNorm or RMSNorm") as caught:
         split_norm(norm)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_norm_that_is_three_percent_off_is_refused_in_any_precision(dtype: torch.dtype) -> None:
+    class Scaled(Rms):
+        def forward(self, x: Tensor) -> Tensor:
+            return 1.03 * super().forward(x)
+
+    split_norm(Rms(8, gemma=True).to(dtype))
+    with pytest.raises(UnsupportedModelError, match="is not gain"):
+        split_norm(Scaled(8, gemma=False).to(dtype))
 
 
 def test_a_gain_of_one_plus_weight_is_taken_apart() -> None:

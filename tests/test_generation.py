@@ -189,6 +189,146 @@ def test_a_copied_cache_continues_like_its_original(make: Callable[..., Any], to
     assert torch.equal(first, second)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", ["prompt", "prefix", "none"])
+def test_a_copied_cache_goes_on_token_by_token(make: Callable[..., Any], tokens: Tensor, pooling: str) -> None:
+    """Against one pass without a cache; 2e-5 as above. What is copied must go on growing as one whole."""
+    student = make((0, 2), pooling=pooling)
+    in_prompt = (torch.arange(10) < PROMPT).expand(4, -1)
+    whole = student(tokens, prompt_mask=in_prompt, use_cache=False).logits
+    twin = copy.deepcopy(student(tokens[:, :PROMPT], use_cache=True).past_key_values)
+    steps = [student(step, past_key_values=twin).logits for step in tokens[:, PROMPT:].split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole[:, PROMPT:], atol=2e-5, rtol=1e-5)
+    assert twin.get_seq_length() == 10
+
+
+def more(student: Any, tokens: Tensor, **how: Any) -> Any:
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    return student.generate(tokens, return_dict_in_generate=True, **options, **how)
+
+
+@pytest.mark.parametrize("form", ["student", "merged"])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_second_turn_on_the_cache_of_the_first_is_refused_where_its_tokens_could_enter_no_mean(
+    make: Callable[..., Any], tokens: Tensor, form: str, copied: bool
+) -> None:
+    student = make((0, 2)) if form == "student" else merge(make((0, 2)))
+    first = more(student, tokens[:2, :PROMPT])
+    turn = torch.cat([first.sequences, tokens[:2, PROMPT:]], dim=1)
+    cache = copy.deepcopy(first.past_key_values) if copied else first.past_key_values
+    with pytest.raises(ConfigError, match=r"got a cache of 11 earlier tokens; .* pooling 'prefix' or 'none'") as caught:
+        more(student, turn, past_key_values=cache)
+    assert "\n" not in str(caught.value)
+    # Without the cache, or with an emptied one, the second turn is a prompt like any other.
+    cache.reset()
+    again = more(student, turn, past_key_values=cache).sequences
+    assert torch.equal(again, more(student, turn, use_cache=False).sequences)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"pooling": "prefix"}, {"pooling": "none"}, {"pia_dim": 0, "adapter_dim": 0}], ids=str
+)
+def test_a_second_turn_goes_on_from_the_cache_where_no_mean_is_over_the_whole_prompt(
+    make: Callable[..., Any], tokens: Tensor, changes: dict[str, Any]
+) -> None:
+    student = make((0, 2), **changes)
+    first = more(student, tokens[:2, :PROMPT])
+    turn = torch.cat([first.sequences, tokens[:2, PROMPT:]], dim=1)
+    second = more(student, turn, past_key_values=first.past_key_values).sequences
+    assert torch.equal(second, more(student, turn, use_cache=False).sequences)
+
+
+@torch.no_grad()
+def test_a_cache_from_which_everything_was_taken_back_is_empty(make: Callable[..., Any], tokens: Tensor) -> None:
+    student = make((0, 2))
+    cache = student(tokens[:2], use_cache=True).past_key_values
+    cache.crop(-10)
+    expected = more(student, tokens[2:], use_cache=False).sequences
+    assert torch.equal(more(student, tokens[2:], past_key_values=cache).sequences, expected)
+
+
+@pytest.mark.parametrize("pooling", ["prompt", "none"])
+def test_students_assist_and_are_assisted(make: Callable[..., Any], llama: Any, tokens: Tensor, pooling: str) -> None:
+    """The assistant goes on from its own cache at every call; greedy decoding gives the same tokens whoever assists."""
+    student, other = make((0, 2), pooling=pooling), make((1,), seed=2, pooling=pooling)
+    for main in (llama, student):
+        alone = more(main, tokens[:1, :PROMPT]).sequences
+        for assistant in (llama, student, merge(student), other):
+            assert torch.equal(more(main, tokens[:1, :PROMPT], assistant_model=assistant).sequences, alone)
+
+
+def test_what_an_assistant_proposes_is_what_it_would_decode_alone(make: Callable[..., Any], tokens: Tensor) -> None:
+    """Its own means are over the prompt and nothing else, so that of its own answer every token is accepted."""
+    student = make((0, 2))
+    passes: list[int] = []
+    handle = student.register_forward_pre_hook(lambda *_: passes.append(1))
+    twin = make((0, 2))
+    for model in (student, twin):
+        model.generation_config.num_assistant_tokens_schedule = "constant"
+        model.generation_config.num_assistant_tokens = 3
+        model.generation_config.assistant_confidence_threshold = 0.0
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    student.generate(tokens[:1, :PROMPT], assistant_model=twin, **options)
+    handle.remove()
+    assert len(passes) == 3  # of four tokens each
+
+
+@pytest.mark.parametrize("how", ["ids", "ids and no embeddings", "embeddings", "by place"])
+def test_the_prompt_ends_in_the_same_place_however_it_is_given(
+    make: Callable[..., Any], tokens: Tensor, how: str
+) -> None:
+    student, prompt = make((0, 2)), tokens[:, :PROMPT]
+    expected = greedy_by_hand(student, prompt, torch.ones_like(prompt), steps=6)[:, PROMPT:]
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+        "ids": ((), {"input_ids": prompt}),
+        "ids and no embeddings": ((), {"input_ids": prompt, "inputs_embeds": None}),
+        "embeddings": ((), {"inputs_embeds": student.get_input_embeddings()(prompt).detach()}),
+        "by place": ((prompt, None), {}),
+    }
+    args, named = calls[how]
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    for cached in (True, False):
+        assert torch.equal(student.generate(*args, **named, **options, use_cache=cached)[:, -6:], expected)
+
+
+class Stream:
+    """What a cache that offloads its layers asks of a CUDA stream."""
+
+    def wait_stream(self, _: object) -> None: ...
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("skip", [(), (2,), (2, 3), (0, 3), (0, 1, 2)], ids=str)
+def test_a_cache_that_offloads_its_layers_fetches_every_kept_one_in_time(
+    make: Callable[..., Any], tokens: Tensor, monkeypatch: pytest.MonkeyPatch, skip: tuple[int, ...]
+) -> None:
+    """Without a GPU: a layer is away from `offload` to `prefetch`, and nothing may be added to it meanwhile."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    away: set[int] = set()
+    update = DynamicLayer.update
+
+    def checked(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        assert id(layer) not in away
+        return update(layer, *args, **kwargs)
+
+    monkeypatch.setattr(DynamicLayer, "update", checked)
+    monkeypatch.setattr(DynamicLayer, "offload", lambda layer: away.add(id(layer)))
+    monkeypatch.setattr(DynamicLayer, "prefetch", lambda layer: away.discard(id(layer)))
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda *_: Stream())
+    student = make(skip)
+    cache: Any = DynamicCache(config=student.config)
+    cache.offloading, cache.only_non_sliding, cache.prefetch_stream = True, True, Stream()
+    expected = more(student, tokens[:1, :PROMPT]).sequences
+    assert torch.equal(more(student, tokens[:1, :PROMPT], past_key_values=cache).sequences, expected)
+    assert len(away) == max(1, LAYERS - len(skip) - 1)  # the first one is back for the next step
+
+
 @pytest.mark.parametrize("pooling", ["prompt", "none"])
 def test_candidate_decoding_gives_the_greedy_tokens(make: Callable[..., Any], tokens: Tensor, pooling: str) -> None:
     student = make((0, 2), pooling=pooling)

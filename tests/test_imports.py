@@ -24,7 +24,7 @@ LAYERS = [
     "objective | stages | conversion",
     "joint_training",
     "workbench | redundancy | samplers | report | export",
-    "search_space | supernet | site_survey",
+    "search_space | supernet | site_survey | origin",
     "twin_proof",
     "settings | warm_start | merging | proof | rungs | cost_book | kept_adapters",
     "setting_groups",

@@ -31,6 +31,13 @@ def agree(actual: Tensor, expected: Tensor, tolerance: float = SINGLE) -> None:
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0.0)
 
 
+class TokenBatchNorm(nn.BatchNorm1d):
+    """Over the features of tokens [B, n, d]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
 def padded(side: str) -> Tensor:
     mask = torch.ones(4, PROMPT, dtype=torch.long)
     mask[1, slice(0, 3) if side == "left" else slice(3, None)] = 0
@@ -188,6 +195,22 @@ def test_the_student_survives_its_merge(llama: Any, tokens: Tensor, randomise: C
         assert torch.equal(student(tokens).logits, before)
     assert repr(student) == tree
     assert all(torch.equal(value, state[name]) for name, value in student.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_merged_model_in_train_mode_moves_no_running_statistics(
+    build_llama: Callable[..., Any], tokens: Tensor, randomise: Callable[..., nn.Module]
+) -> None:
+    model = build_llama()
+    model.model.norm = TokenBatchNorm(32).eval()
+    expected = model(tokens).logits
+    student = randomise(apply_skips(model, SkipConfig(skip=(0, 2), pia_dim=4, adapter_dim=4)))
+    merged = merge(student)
+    before = merged(tokens).logits
+    assert torch.equal(merged.train()(tokens).logits, before)
+    assert torch.equal(merged.eval()(tokens).logits, before)
+    assert torch.equal(model(tokens).logits, expected)
+    agree(before, student(tokens).logits)
 
 
 def test_plain_deletion_merges_to_itself(llama: Any, tokens: Tensor) -> None:

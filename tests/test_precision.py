@@ -52,6 +52,32 @@ def test_adapters_stay_float32_over_a_half_precision_base(
     assert (merged(tokens).logits.float() - exact(tokens).logits).abs().max().item() <= tolerance
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("router", ["static", "routed"])
+def test_what_is_merged_has_the_precision_of_its_block_not_of_the_models_first_weight(
+    llama: Any,
+    tokens: torch.Tensor,
+    randomise: Callable[..., nn.Module],
+    dtype: torch.dtype,
+    placement: str,
+    router: str,
+) -> None:
+    """BLIP-2 in half precision keeps its first parameter, its query tokens, in float32."""
+    model = copy.deepcopy(llama).to(dtype)
+    model.queries = nn.Parameter(torch.zeros(1, 2, 32))
+    assert next(model.parameters()) is model.queries
+    chosen = config(placement=placement, router=router)
+    student = randomise(apply_skips(model, chosen), std=0.1)
+    merged: Any = eas.merge(student)
+    found = {name: parameter.dtype for name, parameter in merged.named_parameters()}
+    assert found.pop("queries") == torch.float32
+    assert set(found.values()) == {dtype}
+    exact = randomise(apply_skips(llama, chosen), std=0.1)(tokens).logits
+    tolerance = {torch.bfloat16: 0.05, torch.float16: 0.01}[dtype] * exact.abs().max().item()
+    assert (merged(tokens).logits.float() - exact).abs().max().item() <= tolerance
+
+
 def test_gradients_reach_float32_adapters_through_a_bfloat16_base(
     build_llama: Callable[..., Any], tokens: torch.Tensor
 ) -> None:
@@ -60,6 +86,63 @@ def test_gradients_reach_float32_adapters_through_a_bfloat16_base(
     gradients = [parameter.grad for parameter in adapter_parameters(student).values()]
     assert all(gradient is None or gradient.dtype == torch.float32 for gradient in gradients)
     assert any(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("router", ["static", "routed"])
+@pytest.mark.parametrize("pooling", ["prompt", "prefix", "none"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_under_autocast_a_merged_model_computes_in_the_precision_of_the_original(
+    llama: Any,
+    tokens: torch.Tensor,
+    randomise: Callable[..., nn.Module],
+    placement: str,
+    pooling: str,
+    router: str,
+    grad: bool,
+) -> None:
+    """The stream of the original is as precise as its embeddings; bfloat16 products round to eight bits."""
+    student = randomise(apply_skips(llama, config(placement=placement, pooling=pooling, router=router)), std=0.1)
+    merged: Any = eas.merge(student)
+    intact = copy.deepcopy(llama)  # asked for its hidden states, a model keeps the hooks that collect them
+    prompt_mask = (torch.arange(10) < 6).long().expand(4, -1)
+    with torch.set_grad_enabled(grad):
+        for stream in (torch.float32, torch.bfloat16):
+            embeds = llama.model.embed_tokens(tokens).detach()
+            inputs = {"use_cache": False, "output_hidden_states": True}
+            exact = merged(inputs_embeds=embeds, prompt_mask=prompt_mask, **inputs).logits
+            embeds = embeds.to(stream)
+            with torch.autocast("cpu", torch.bfloat16):
+                given = merged(inputs_embeds=embeds, prompt_mask=prompt_mask, **inputs)
+                original = intact(inputs_embeds=embeds, **inputs)
+            assert [h.dtype for h in given.hidden_states] == [h.dtype for h in original.hidden_states]
+            assert original.hidden_states[1].dtype == stream
+            size = exact.abs().max().item()
+            assert (given.logits.float() - exact).abs().max().item() <= 0.05 * size
+
+
+@pytest.mark.parametrize("router", ["static", "routed"])
+@pytest.mark.parametrize("pooling", ["prompt", "prefix", "none"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_under_autocast_a_merged_model_generates(
+    llama: Any,
+    tokens: torch.Tensor,
+    randomise: Callable[..., nn.Module],
+    placement: str,
+    pooling: str,
+    router: str,
+) -> None:
+    """Against one float32 pass without a cache over what it wrote."""
+    student = randomise(apply_skips(llama, config(placement=placement, pooling=pooling, router=router)), std=0.1)
+    merged: Any = eas.merge(student)
+    wanted = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with torch.autocast("cpu", torch.bfloat16):
+        out = merged.generate(tokens[:, :6], output_logits=True, return_dict_in_generate=True, **wanted)
+    prompt_mask = (torch.arange(10) < 6).long().expand(4, -1)
+    with torch.no_grad():
+        exact = merged(out.sequences, prompt_mask=prompt_mask, use_cache=False).logits[:, 5:-1]
+    difference = (torch.stack(out.logits, dim=1).float() - exact).abs().max().item()
+    assert difference <= 0.05 * exact.abs().max().item()
 
 
 @pytest.mark.parametrize("pieces", [(600,), (300, 300), (599, 1)])

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from eas_search.architectures import attention_sites
 from eas_search.exceptions import ConfigError
 from eas_search.skip_config import SkipConfig
-from eas_search.skipping import adapter_parameters, apply_skips
+from eas_search.skipping import adapter_parameters, apply_skips, load_adapters
+from eas_search.training import FineTuneConfig, fine_tune
 
 PLACEMENTS = ["ffn", "residual", "parallel"]
 ROUNDING = 2e-5  # float32 outputs of size ~10 through three or four layers, computed in another order
@@ -105,6 +106,89 @@ def test_a_deep_copy_of_a_student_is_a_student_of_its_own(
     randomise(twin, seed=2)
     assert torch.equal(first_output(student, {"input_ids": tokens}), expected)
     assert not torch.equal(first_output(twin, {"input_ids": tokens}), expected)
+
+
+class Pictures:
+    """A training split of eight pictures of five classes, brighter than those that the model has seen."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def batches(self, size: int, generator: torch.Generator) -> Any:
+        order = torch.randperm(8, generator=generator)
+        pixels = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(1)) + 1
+        for rows in order.split(size):
+            yield {"pixel_values": pixels[rows], "labels": rows % 5}
+
+
+def plain_loop(student: Any) -> None:
+    optimizer = torch.optim.AdamW(adapter_parameters(student).values(), lr=1e-2)
+    student.train()
+    for batch in Pictures().batches(4, torch.Generator().manual_seed(0)):
+        optimizer.zero_grad()
+        student(**batch).loss.backward()
+        optimizer.step()
+    student.eval()
+
+
+def own_loop(student: Any) -> None:
+    fine_tune(student, Pictures(), FineTuneConfig(steps=3, batch_size=4, learning_rate=1e-2), seed=0)
+
+
+@pytest.fixture
+def mobilevit() -> Any:
+    """A vision tower with batch norms whose running statistics are those of its weights."""
+    from transformers import MobileViTConfig, MobileViTForImageClassification
+
+    torch.manual_seed(0)
+    sizes = {"image_size": 64, "hidden_sizes": [32, 40, 48], "neck_hidden_sizes": [8, 16, 24, 32, 40, 48, 64]}
+    config = MobileViTConfig(**sizes, num_labels=5, hidden_dropout_prob=0.0, classifier_dropout_prob=0.0)
+    model = MobileViTForImageClassification(config).train()
+    with torch.no_grad():
+        for weight in (parameter for parameter in model.parameters() if parameter.dim() > 1):
+            weight.normal_(std=weight[0].numel() ** -0.5)
+        for _ in range(50):
+            model(torch.randn(8, 3, 64, 64))
+    return model.eval()
+
+
+@pytest.mark.parametrize("train", [plain_loop, own_loop])
+@pytest.mark.parametrize("model_mode", ["eval", "train"])
+def test_training_a_student_moves_no_running_statistics(mobilevit: Any, train: Any, model_mode: str) -> None:
+    """Bit-equal: neither the model, nor another student, nor what the student itself stands on has changed."""
+    images = {"pixel_values": torch.randn(4, 3, 64, 64)}
+    expected = first_output(mobilevit, images)
+    state = {name: value.clone() for name, value in mobilevit.state_dict().items()}
+    assert any("running_mean" in name for name in state)
+    mobilevit.train(model_mode == "train")
+    config = SkipConfig(skip=(0,), pia_dim=4, pooling="all")
+    student, twin, other = (apply_skips(mobilevit, config) for _ in range(3))
+    mobilevit.eval()
+    untrained = first_output(other.eval(), images)
+    train(student)
+    assert torch.equal(first_output(mobilevit, images), expected)
+    assert torch.equal(first_output(other, images), untrained)
+    assert all(torch.equal(value, state[name]) for name, value in mobilevit.state_dict().items())
+    trained = first_output(student, images)
+    assert not torch.equal(trained, untrained)
+    load_adapters(twin, {name: value.detach() for name, value in adapter_parameters(student).items()})
+    assert torch.equal(first_output(twin.eval(), images), trained)
+    # Without dropout there is nothing left in which the two modes differ, also in a copy.
+    for one in (student, copy.deepcopy(student)):
+        assert torch.equal(first_output(one.train(), images), trained)
+
+
+def test_the_dropout_of_the_base_is_on_while_a_student_trains(mobilevit: Any) -> None:
+    images = {"pixel_values": torch.randn(4, 3, 64, 64)}
+    student = apply_skips(mobilevit, SkipConfig(skip=(0,), pia_dim=4, pooling="all")).train()
+    dropouts = [module for module in student.modules() if isinstance(module, nn.Dropout)]
+    assert dropouts
+    for module in dropouts:
+        assert module.training
+        module.p = 0.5
+    assert not torch.equal(first_output(student, images), first_output(student, images))
+    student.eval()
+    assert torch.equal(first_output(student, images), first_output(student, images))
 
 
 def test_names_and_indexes_mean_the_same_sites(llava: Any, image_prompt: Inputs) -> None:

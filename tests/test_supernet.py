@@ -15,6 +15,7 @@ from eas_search.exceptions import ConfigError
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import apply_skips
 from eas_search.supernet import Supernet
+from eas_search.training import FineTuneConfig, fine_tune
 
 PLACEMENTS = ["ffn", "residual", "parallel"]
 
@@ -22,6 +23,13 @@ PLACEMENTS = ["ffn", "residual", "parallel"]
 @torch.no_grad()
 def logits(model: Any, tokens: Tensor, **inputs: Tensor) -> Tensor:
     return model(input_ids=tokens, use_cache=False, **inputs).logits
+
+
+class TokenBatchNorm(nn.BatchNorm1d):
+    """Over the features of tokens [B, n, d]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
 
 def supernet_of(
@@ -151,6 +159,45 @@ def test_sites_that_cannot_be_switched_are_left_alone(
     supernet = supernet_of(llama, randomise, sites=slice(1, 3), adapter_dim=adapters)
     supernet.set_skips((1,))
     student = apply_skips(llama, supernet.config.model_copy(update={"skip": (1,)})).eval()
+    supernet.inherit(student)
+    assert torch.equal(logits(student, tokens), logits(supernet.model, tokens))
+
+
+def test_joint_training_moves_no_running_statistics(
+    build_llama: Callable[..., Any], tokens: Tensor, randomise: Callable[..., nn.Module]
+) -> None:
+    """Bit-equal: the model, the supernet's own statistics, and a student that inherits from it afterwards."""
+
+    class Texts:
+        def __len__(self) -> int:
+            return len(tokens)
+
+        def batches(self, size: int, generator: torch.Generator) -> Any:
+            for rows in torch.randperm(len(tokens), generator=generator).split(size):
+                yield {"input_ids": tokens[rows], "labels": tokens[rows]}
+
+    model = build_llama()
+    model.model.norm = TokenBatchNorm(32).eval()
+    expected = logits(model, tokens)
+    supernet = supernet_of(model, randomise, adapter_dim=4)
+    before = {name: value.clone() for name, value in supernet.adapters().items()}
+
+    def draw(step: int, _: nn.Module) -> None:
+        supernet.set_skips((step % 4,))
+
+    fine_tune(
+        supernet.model,
+        Texts(),
+        FineTuneConfig(steps=4, batch_size=2, distill=0.5),
+        seed=0,
+        before_step=draw,
+        teacher=supernet.intact_logits,
+    )
+    assert any(not torch.equal(value, before[name]) for name, value in supernet.adapters().items())
+    assert torch.equal(logits(model, tokens), expected)
+    assert torch.equal(supernet.model.model.norm.running_mean, torch.zeros(32))
+    supernet.set_skips((0, 2))
+    student = apply_skips(model, supernet.config.model_copy(update={"skip": (0, 2)})).eval()
     supernet.inherit(student)
     assert torch.equal(logits(student, tokens), logits(supernet.model, tokens))
 

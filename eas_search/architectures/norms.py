@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eas_search.architectures.precision import in_float32
 from eas_search.exceptions import UnsupportedModelError
 
 
@@ -92,8 +93,9 @@ def affine_form(norm: nn.Module, width: int | None = None) -> AffineForm:
     forms = [AffineForm(centred, 0.0), AffineForm(False, 0.0), AffineForm(True, 0.0), AffineForm(False, 1.0)]
     if weight is not None and weight.device.type == "meta":
         return forms[3] if "Gemma" in type(norm).__name__ else forms[0]
-    with torch.no_grad():
-        like = torch.ones(width or 1) if weight is None else weight
+    with torch.no_grad(), in_float32(norm):
+        like = getattr(norm, "weight", None)
+        like = torch.ones(width or 1) if like is None else like
         x = torch.randn(4, like.shape[0], generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
         # Not centred, so that a LayerNorm and an RMSNorm cannot be taken for each other.
         x = x + 0.5

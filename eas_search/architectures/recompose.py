@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from eas_search.architectures.calls import CallForm, call_form
 from eas_search.architectures.norms import affine_form
 from eas_search.architectures.patterns import ACTIVATIONS, FFN_FORMS, BlockPattern, FfnForm
+from eas_search.architectures.precision import in_float32
 from eas_search.exceptions import UnsupportedModelError
 
 Residual = Literal["sequential", "parallel"]
@@ -54,7 +55,7 @@ def find_ffn(holder: nn.Module, own: bool) -> FfnForm:
         form = replace(declared, activation=activation)
         if not own or layers[0].weight.device.type == "meta":  # type: ignore[union-attr]
             return form
-        with torch.no_grad():
+        with torch.no_grad(), in_float32(holder):
             v = _noise(3, input_width(layers[0]), like=layers[0].weight)  # type: ignore[union-attr]
             try:
                 wanted = CallForm.unpack(holder(v))
@@ -98,15 +99,15 @@ def recompose(block: Any, pattern: BlockPattern, width: int) -> tuple[Residual, 
     norm2 = getattr(block, pattern.norm2)
     affine_form(norm2, width), affine_form(getattr(block, pattern.norm1), width)
     form = find_ffn(ffn_of(block, pattern.ffn), own=pattern.ffn != ".")
-    weight = next(block.parameters())
-    if weight.device.type == "meta":
+    if next(block.parameters()).device.type == "meta":
         return ("parallel" if pattern.norm1 == pattern.norm2 else "sequential"), form
     name = type(block).__name__
     ffn = _ffn_function(block, pattern, form)
     post = [
         getattr(block, name) if name else lambda value: value for name in (pattern.post_attention, pattern.post_ffn)
     ]
-    with torch.no_grad(), evaluating(block):
+    with torch.no_grad(), evaluating(block), in_float32(block):
+        weight = next(block.parameters())
         x, c = _noise(1, 3, width, like=weight), _noise(1, 3, width, like=weight, seed=1)
         try:
             whole = call_form(type(block))
@@ -186,5 +187,5 @@ def _relative(got: Tensor, wanted: Tensor) -> float:
 
 
 def _tolerance(x: Tensor) -> float:
-    """Some roundings of x's dtype through a norm and an FFN: 1e-5 in float32."""
+    """Some roundings of x's dtype through a norm and an FFN: 1e-5 in float32, see `in_float32`."""
     return 100 * torch.finfo(x.dtype).eps if x.dtype != torch.float64 else 1e-5

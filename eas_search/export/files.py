@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,40 @@ from eas_search.exceptions import ConfigError, StorageError
 FORMAT = 3
 CONFIG, EAS_CONFIG = "config.json", "eas_config.json"
 MANIFEST, REFERENCE, CARD = "manifest.json", "reference.safetensors", "README.md"
+NO_SPACE = ("no space left", "disk is full", "quota exceeded")  # as the system, SQLite and safetensors say it
+
+
+class FullDisk(StorageError):
+    """There is no space left for what should be written."""
+
+
+@contextmanager
+def full_disk_explained(folder: Path) -> Iterator[None]:
+    """One line where the disk of `folder` is full, whichever library came upon it.
+
+    Raises:
+        FullDisk: that was the cause of an error inside.
+    """
+    try:
+        yield
+    except Exception as error:  # Optuna, SQLAlchemy, safetensors and the system each raise their own kinds here
+        if isinstance(error, FullDisk) or not _says_full(error):
+            raise
+        raise FullDisk(
+            f"{str(folder)!r} cannot be written: no space left on its disk; expected room for what belongs there: free "
+            "some and run the same command again: nothing is lost"
+        ) from error
+
+
+def _says_full(error: BaseException | None) -> bool:
+    """Whether an error, or one from which it was raised, is about a full disk."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(words in str(error).lower() for words in NO_SPACE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextmanager
@@ -28,13 +63,14 @@ def writing(folder: Path) -> Iterator[None]:
     Raises:
         StorageError: the folder cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"export folder {str(folder)!r} cannot be written ({error.strerror or error}); choose another folder"
-        ) from error
+    with full_disk_explained(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"export folder {str(folder)!r} cannot be written ({error.strerror or error}); choose another folder"
+            ) from error
 
 
 def check_writable(folder: Path) -> None:

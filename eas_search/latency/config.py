@@ -44,7 +44,7 @@ class LatencyConfig(BaseModel):
     seed: int = Field(default=0, ge=0)
     time_limit_s: float | None = Field(default=60.0, gt=0)
 
-    def __init__(self, **values: object) -> None:
+    def __init__(self, /, **values: object) -> None:
         """Validate; an unusable value raises `ConfigError` in one line."""
         try:
             super().__init__(**values)

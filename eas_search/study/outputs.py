@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from torch import nn
 
 import eas_search
 from eas_search.exceptions import StorageError
@@ -177,6 +178,15 @@ def conditions(bench: Workbench) -> dict[str, str]:
     }
 
 
+def possible_format(student: nn.Module) -> tuple[str, str | None]:
+    """The first format in which a student can be handed over, and why it is not `eas`, if it is another one.
+
+    A class that comes with a checkpoint, or quantised weights, cannot be rebuilt from JSON: there adapters are left.
+    """
+    verdict = get_format("eas").plan(student)
+    return ("adapter", verdict.reason) if verdict.kind == "impossible" else ("eas", None)
+
+
 def write_export(
     bench: Workbench, finalist: Finalist, row: Mapping[str, Any], baseline: Baseline, folder: Path, kind: str = "eas"
 ) -> None:
@@ -188,6 +198,7 @@ def write_export(
     claims = {key: row[key] for key in row if key.startswith(CLAIMED)}
     facts = {
         "base_model": bench.settings.model,
+        "quantization": bench.settings.quantization,
         "head": bench.task.head,
         "labels": None if bench.task.labels is None else list(bench.task.labels),
         "task": bench.settings.task,

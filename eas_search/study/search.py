@@ -14,6 +14,7 @@ from optuna.study import Study
 
 from eas_search.exceptions import ConfigError
 from eas_search.measures import kv_bytes_per_token
+from eas_search.origin import bind_settings
 from eas_search.prediction import describe_errors, finalists_errors, predictor_stage
 from eas_search.samplers import check_budget
 from eas_search.settings import SearchSettings
@@ -63,6 +64,7 @@ def create_study(settings: SearchSettings, folder: Path, name: str, storage: str
         StorageError: the folder or the storage cannot be used, or holds another search.
     """
     prepare_output(folder)
+    bind_settings(StageFolder(folder / "stages"), settings)
     return load_or_create(open_storage(storage, folder), name, settings)
 
 

@@ -19,10 +19,14 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study
 from optuna.trial import TrialState
+from sqlalchemy import URL
 from sqlalchemy.event import listen
 
 from eas_search.exceptions import ConfigError, StorageError
-from eas_search.settings import MAY_CHANGE, SearchSettings
+from eas_search.export.files import full_disk_explained
+from eas_search.settings import SearchSettings
+
+ENDINGS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what schedulers and containers send
 
 
 def prepare_output(folder: Path) -> None:
@@ -31,16 +35,17 @@ def prepare_output(folder: Path) -> None:
     Raises:
         StorageError: it cannot.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_text("", encoding="utf-8")
-        probe.unlink()
-    except OSError as error:
-        raise StorageError(
-            f"output folder {str(folder)!r} cannot be written ({error.strerror}); expected a folder you may write to: "
-            "choose another --output"
-        ) from error
+    with full_disk_explained(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".writable"
+            probe.write_text("", encoding="utf-8")
+            probe.unlink()
+        except OSError as error:
+            raise StorageError(
+                f"output folder {str(folder)!r} cannot be written ({error.strerror}); expected a folder you may write "
+                "to: choose another --output"
+            ) from error
 
 
 @contextmanager
@@ -48,7 +53,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     """Hold the output folder: one coordinator at a time. The kernel lets go when the process ends, however it ends.
 
     Raises:
-        StorageError: another run holds it.
+        StorageError: another run holds it, or there is no space left for what is written inside.
     """
     lock = filelock.FileLock(str(folder / "run.lock"))
     try:
@@ -59,7 +64,8 @@ def only_writer(folder: Path) -> Iterator[None]:
             "choose another --output"
         ) from error
     try:
-        yield
+        with full_disk_explained(folder):
+            yield
     finally:
         _settle(folder / "study.db")
         lock.release()
@@ -67,18 +73,19 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Hold Ctrl-C back while the storage is in use: it would be left in a state in which nothing can be cleaned up."""
+    """Hold `ENDINGS` back while the storage is in use: half-done work in it could not be cleaned up."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    received: list[tuple[Any, ...]] = []
-    before = signal.signal(signal.SIGINT, lambda *args: received.append(args))
+    received: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in ENDINGS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before if before is not None else signal.SIG_DFL)
-    if received and callable(before):
-        before(*received[0])
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+    if received:
+        signal.raise_signal(received[0])
 
 
 def open_storage(url: str | None, folder: Path) -> BaseStorage:
@@ -90,15 +97,19 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
     path = folder / "study.db"
     if url is None:
         _check_sqlite(path)
-        url = f"sqlite:///{path}"
+        # In text, a path's "#", "?" or "%" would mean something else.
+        url = URL.create("sqlite", database=str(path)).render_as_string()
     try:
-        storage = RDBStorage(url)
-        if storage.engine.dialect.name == "sqlite":
-            listen(storage.engine, "connect", _write_ahead)
-            storage.engine.dispose()  # the next connection is made with it
-        return storage
+        with full_disk_explained(folder):
+            storage = RDBStorage(url)
+            if storage.engine.dialect.name == "sqlite":
+                listen(storage.engine, "connect", _write_ahead)
+                storage.engine.dispose()  # the next connection is made with it
+            return storage
+    except StorageError:
+        raise
     except Exception as error:  # SQLAlchemy, drivers and Optuna each raise their own kinds here
-        reason = str(error).strip().splitlines()[0][:160]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise StorageError(f"storage {url!r} cannot be opened: {reason}; expected an Optuna storage URL") from error
 
 
@@ -125,7 +136,7 @@ def _check_sqlite(path: Path) -> None:
     if not path.exists():
         return
     try:
-        connection = sqlite3.connect(f"file:{path}?mode=rw", uri=True)
+        connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True)
         try:
             result = connection.execute("PRAGMA quick_check").fetchone()[0]
             tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -146,7 +157,7 @@ def load_or_create(storage: BaseStorage, name: str, settings: SearchSettings) ->
     """The study called `name`, made on first use.
 
     Raises:
-        StorageError: it exists with other settings or objectives.
+        StorageError: it exists with other settings or objectives, or is no search of this package.
     """
     costs = len(settings.objectives) - 1
     directions: list[Literal["maximize", "minimize"]] = ["maximize", *["minimize"] * costs]  # type: ignore[list-item]
@@ -158,25 +169,23 @@ def load_or_create(storage: BaseStorage, name: str, settings: SearchSettings) ->
         )
     known = study.user_attrs.get("fingerprint")
     if known is None:
+        if study.get_trials(deepcopy=False):
+            raise StorageError(
+                f"study {name!r} holds trials that are not of eas_search; expected a new study or one of its own: "
+                "choose another --study-name"
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.set_metric_names(list(settings.objectives))
         study.set_user_attr("settings", settings.model_dump(mode="json"))
         study.set_user_attr("fingerprint", settings.fingerprint())
     elif known != settings.fingerprint():
+        difference = settings.first_difference(study.user_attrs["settings"])
         raise StorageError(
-            f"study {name!r} was made with other settings ({_first_difference(study, settings)}); expected the "
-            "same ones to resume: repeat them, or choose another --output"
+            f"study {name!r} was made with other settings ({difference}); expected the same ones to resume: repeat "
+            "them, or choose another --study-name"
         )
     return study
-
-
-def _first_difference(study: Study, settings: SearchSettings) -> str:
-    before, now = study.user_attrs["settings"], settings.model_dump(mode="json")
-    for key in now:
-        if key not in MAY_CHANGE and before.get(key) != now[key]:
-            return f"{key}: {before.get(key)} then, {now[key]} now"
-    return "another version of eas_search"
 
 
 def owner() -> dict[str, Any]:

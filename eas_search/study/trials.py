@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from optuna.study import Study
 
+from eas_search.exceptions import ConfigError
 from eas_search.names import Objective
 from eas_search.objective import TrialResult, evaluate, foretold_cost
 from eas_search.rungs import Rival, strongest_rival
@@ -61,11 +63,27 @@ class Trials:
         return self.bench.settings
 
     def rankings(self) -> dict[str, list[float]]:
-        """What the proposals start from: the settings' ranking, and for `eas` every other recorded metric behind it."""
-        rankings = {self.settings.ranking: self.redundancy}
-        record = StageFolder(self.folder / "stages").read("supernet") if self.settings.sampler == "eas" else None
-        others = {} if record is None else record[0]["metrics"]
-        return {**rankings, **{name: one for name, one in others.items() if name not in ("random", *rankings)}}
+        """What the proposals start from: the settings' ranking, and for `eas` every other recorded metric behind it.
+
+        A metric that is not finite orders nothing and is left out: gradients may overflow where losses do not.
+
+        Raises:
+            ConfigError: the settings' ranking, or what the supernet loses without an attention, is not finite.
+        """
+        record = StageFolder(self.folder / "stages").read("supernet")
+        metrics: dict[str, list[float]] = {} if record is None else record[0]["metrics"]
+        rankings: dict[str, list[float]] = {self.settings.ranking: self.redundancy}
+        for name in (self.settings.ranking, "leave_one_out"):
+            if not all(map(math.isfinite, {**metrics, **rankings}.get(name, ()))):
+                raise ConfigError(
+                    f"redundancy by {name!r} is not finite, so the supernet's training has diverged; expected a "
+                    f"smaller supernet.training.learning_rate than {self.settings.supernet.training.learning_rate:g}: "
+                    "choose another --output with it"
+                )
+        if self.settings.sampler != "eas":
+            return rankings
+        others = {name: one for name, one in metrics.items() if name not in ("random", *rankings)}
+        return {**rankings, **{name: one for name, one in others.items() if all(map(math.isfinite, one))}}
 
     def run(self, deadline: float | None = None) -> int:
         """Trials until the budget, the end of the space, or `deadline` (time.monotonic()); returns how many there are.

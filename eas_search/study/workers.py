@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gc
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, Future, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from eas_search.finalists import prepare_finalist
 from eas_search.objective import TrialResult, evaluate, set_threads
@@ -75,7 +80,21 @@ def _executor(jobs: int) -> Any:
     """
     from joblib.externals.loky import get_reusable_executor
 
-    return get_reusable_executor(max_workers=jobs, timeout=600)
+    return get_reusable_executor(max_workers=jobs, timeout=600, initializer=end_with, initargs=(os.getpid(),))
+
+
+def end_with(parent: int, every: float = 1.0) -> None:
+    """End this process within `every` seconds of its parent's end, also when that was killed.
+
+    A worker would finish its evaluation, on which nobody waits, and then stay idle for minutes.
+    """
+
+    def watch() -> None:
+        while psutil.pid_exists(parent) and (os.name != "posix" or os.getppid() == parent):
+            time.sleep(every)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _open(settings: SearchSettings, folder: Path) -> tuple[Workbench, Supernet, list[float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -11,12 +12,21 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import optuna
 import pandas as pd
 import pytest
+from optuna.distributions import FloatDistribution
+from safetensors.torch import save_file
 from science_files import problem, write_scienceqa
 
 from eas_search import cli, run
+from eas_search.export import ExportJob, export_student, write_manifest
+from eas_search.models.loading import load_model
+from eas_search.models.options import LoadOptions
+from eas_search.skip_config import SkipConfig
+from eas_search.skipping import apply_skips
 from eas_search.study.outputs import read_json
+from eas_search.tasks import get_task
 
 Said = SimpleNamespace  # code, out, err
 
@@ -50,6 +60,8 @@ WRONG_FLAGS = [
     (["--budget", "-3"], ["-3", "1 or more"]),
     (["--budget", "abc"], ["--budget abc", "integer", "--help"]),
     (["--seed", "-1"], ["seed", "-1", "greater than or equal to 0"]),
+    (["--seed", str(2**32)], ["seed", "4294967296", "less than 4294967296"]),
+    (["--seed", str(2**64)], ["seed", "18446744073709551616", "less than 4294967296"]),
     (["--jobs", "0"], ["jobs", "0", "greater than or equal to 1"]),
     (["--sampler", "cma-es"], ["cma-es", "'eas'"]),
     (["--objectives", "latency"], ["objectives = ['latency']", "accuracy first", "kv_bytes"]),
@@ -82,6 +94,9 @@ WRONG_FILES = [
     ("trial: {step: 3}", ["trial.step", "did you mean 'steps'?"]),
     ("colour: red", ["colour", "expected one of", "model"]),
     ("1: 2", ["1 is not a setting"]),
+    ("self: 5", ["self is not a setting"]),
+    ("student: {self: 5}", ["student", "self = 5"]),
+    ("trial_latency: {self: 5}", ["trial_latency", "self = 5"]),
     ("budget: many", ["budget", "many", "integer"]),
     ("space: {towers: [smell]}", ["towers", "smell", "'text'"]),
     ("space: {pia_dims: [3]}", ["pia_dims holds 3", "multiples of student.groups = 2"]),
@@ -148,6 +163,29 @@ def test_a_name_never_becomes_a_path(place: Path) -> None:
         assert found.output.name not in ("", ".", "..")
 
 
+def test_names_that_look_the_same_without_their_odd_characters_get_folders_of_their_own(place: Path) -> None:
+    names = ("実験一", "実験二", "a/b", "a b", "a-b", "", " ")
+    folders = [run._settle({}, None, None, name, None)[1].output for name in names if name]
+    assert len(set(folders)) == len(folders)
+    assert folders[4] == Path("runs/a-b")  # a harmless name is the folder's
+    assert run.folder_name("a b") == run.folder_name("a b")
+
+
+def test_an_output_folder_may_have_any_name(call: Call, study_file: Path, place: Path) -> None:
+    """Neither markup of the terminal nor parts of a URL."""
+    folder = Path("[lr=1]") / "#2?mode=x%41"
+    command = ("run", "--config", study_file, "--output", folder)
+    for budget in (2, 3):
+        said = call(*command, "--budget", budget)
+        assert said.code == 0, said.err
+        assert f"Open {folder / 'pareto.html'} in a browser" in said.out
+    assert f"Wrote {folder / 'pareto.html'}" in call("report", folder).out
+    assert f"Exported and verified: {folder / 'again'}" in call("export", folder, "--output", folder / "again").out
+    assert f"{folder / 'again'} is what was trained" in call("verify", folder / "again").out
+    assert (folder / "study.db").is_file()
+    assert {path.name for path in place.iterdir()} == {"a-file", "[lr=1]"}
+
+
 @pytest.mark.parametrize("verb", ["run", "report", "export"])
 def test_a_damaged_storage_is_one_line_and_stays_as_it_is(
     call: Call, finished_copy: Path, study_file: Path, verb: str
@@ -166,6 +204,21 @@ def test_resuming_with_other_settings_names_the_difference(call: Call, finished_
     assert_refused(said, ["seed: 0 then, 7 now", "--output"])
 
 
+def test_a_study_of_another_program_is_refused_and_stays_as_it_is(
+    call: Call, finished_copy: Path, study_file: Path, tmp_path: Path
+) -> None:
+    url = f"sqlite:///{tmp_path / 'foreign.db'}"
+    study = optuna.create_study(storage=url, study_name="mine", directions=["maximize", "minimize"])
+    space = {"x": FloatDistribution(0, 1)}
+    study.add_trial(optuna.create_trial(params={"x": 0.5}, distributions=space, values=[1.0, 2.0]))
+    command = ("--config", study_file, "--output", tmp_path / "run", "--study-name", "mine", "--storage", url)
+    assert_refused(call("run", *command), ["'mine'", "not of eas_search", "choose another --study-name"])
+    for verb in ("report", "export"):
+        assert_refused(call(verb, finished_copy, "--storage", url), ["'mine'", "not one of eas_search", "--storage"])
+    again = optuna.load_study(study_name="mine", storage=url)
+    assert (again.user_attrs, len(again.trials)) == ({}, 1)
+
+
 @pytest.mark.parametrize("verb", ["report", "export", "verify", "evaluate"])
 def test_a_folder_that_is_none_is_one_line_with_the_cure(call: Call, place: Path, verb: str) -> None:
     (place / "empty").mkdir()
@@ -176,6 +229,30 @@ def test_a_folder_that_is_none_is_one_line_with_the_cure(call: Call, place: Path
 
 def test_a_trial_that_does_not_exist_is_one_line(call: Call, finished: SimpleNamespace) -> None:
     assert_refused(call("export", finished.folder, "--trial", 99), ["trial 99", "0 to 4", "trials.csv"])
+
+
+def test_an_export_made_by_hand_cannot_be_evaluated_without_a_task(
+    call: Call, tiny_model: Path, tmp_path: Path
+) -> None:
+    model, processor = load_model(str(tiny_model), LoadOptions(device="cpu"))
+    task = get_task("digits-vqa")
+    prompts = task.encode(processor, task.examples("validation", 4)).prompts(4)
+    student = apply_skips(model, SkipConfig(skip=(1,), pia_dim=4)).eval()
+    about = {"base_model": str(tiny_model)}
+    export_student(ExportJob(student, prompts, about=about, base=model), tmp_path / "export", "adapter")
+    assert_refused(call("evaluate", tmp_path / "export"), ["does not say its task", "eas-search export"])
+
+
+def test_a_latency_that_was_not_claimed_is_measured_all_the_same(call: Call, finished_copy: Path) -> None:
+    folder = finished_copy / "export"
+    content = read_json(folder / "eas_config.json")
+    for end in ("", "_low", "_high"):
+        content["about"]["claims"][f"decode_latency{end}"] = None  # as where decoding was not timed
+    (folder / "eas_config.json").write_text(json.dumps(content), encoding="utf-8")
+    write_manifest(folder)
+    said = call("evaluate", folder, "--limit", 8)
+    assert said.code == 0, said.err
+    assert "decode time, relative" in said.out
 
 
 @pytest.mark.parametrize("limit", [0, -1])
@@ -315,15 +392,69 @@ def test_a_search_from_the_command_line_reaches_its_budget_or_says_how_to_go_on(
     assert "Stopped at 3 of 9 trials" in more.out
 
 
-def test_a_ctrl_c_that_a_finaliser_swallowed_is_repeated_with_the_next_news(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_ctrl_c_that_a_finaliser_swallowed_is_repeated_with_the_next_news(number: signal.Signals) -> None:
     said: list[str] = []
+    before = signal.getsignal(number)
     sure = run.SureInterrupt(SimpleNamespace(stage=said.append))  # type: ignore[arg-type]
     try:
         sure.stage("one")
         with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         with pytest.raises(KeyboardInterrupt):
             sure.stage("two")
     finally:
-        signal.signal(signal.SIGINT, sure.before)
+        sure.restore()
     assert said == ["one"]
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_that_cannot_show_a_star_gets_the_table_without_it(
+    finished: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding, errors="strict"))
+    assert run.guarded(lambda: run.show_result(finished.result, finished.settings), debug=True) == 0
+    sys.stdout.flush()
+    said = written.getvalue().decode(encoding)
+    assert "5 trials in" in said
+    assert "? is exported" in said
+
+
+@pytest.fixture
+def coded(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny model with a class of its own."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "coded"))
+    code = (
+        "from transformers import LlavaForConditionalGeneration\nclass Own(LlavaForConditionalGeneration):\n    pass\n"
+    )
+    (folder / "own.py").write_text(code, encoding="utf-8")
+    # Under the names that the parameters have in memory: what the library renames, it renames for its own classes.
+    model, _ = load_model(str(tiny_model), LoadOptions(device="cpu"))
+    save_file({name: value.clone() for name, value in model.state_dict().items()}, folder / "model.safetensors")
+    config = read_json(folder / "config.json")
+    config |= {"architectures": ["Own"], "auto_map": {"AutoModelForImageTextToText": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def test_a_model_with_code_of_its_own_is_searched_and_handed_over_as_adapters(
+    call: Call, study_file: Path, coded: Path, tmp_path: Path
+) -> None:
+    folder, trust = tmp_path / "run", "--trust-remote-code"
+    said = call("run", "--config", study_file, "--model", coded, "--budget", 2, "--output", folder, trust)
+    assert said.code == 0, said.err
+    assert "Export in the format adapter: eas is impossible, Own is not a class of transformers" in said.out
+    assert f"eas-search export {folder} --trial N {trust}" in said.out
+    assert read_json(folder / "export" / "eas_config.json")["kind"] == "adapter"
+    number = read_json(folder / "best.json")["number"]
+    for words in (("export", folder), ("verify", folder / "export"), ("evaluate", folder / "export", "--limit", 8)):
+        assert_refused(call(*words), [str(coded), "needs code that comes with it", trust])
+        said = call(*words, trust)
+        assert said.code == 0, said.err
+    assert read_json(folder / f"export-{number}" / "eas_config.json")["kind"] == "adapter"
+    plan = call("export", folder, "--plan", trust).out
+    assert "Own is not a class of transformers" in plan
+    assert_refused(call("export", folder, "--format", "eas", trust), ["'eas' is impossible", "--plan"])

@@ -26,6 +26,11 @@ def command(study_file: Path, output: Path, budget: int = BUDGET) -> list[object
     return ["-m", "eas_search.run", "--config", study_file, "--output", output, "--budget", budget]
 
 
+def resume_hint(study_file: Path, output: Path, flags: str) -> str:
+    hint = f"python -m eas_search.run --config {study_file} --output '{output}' {flags}"
+    return f"Interrupted; finished trials are kept. Resume with: {hint}"
+
+
 def stored(output: Path) -> list[optuna.trial.FrozenTrial]:
     url = f"sqlite:///{output / 'study.db'}"
     names = [summary.study_name for summary in optuna.get_all_study_summaries(url)] if output.is_dir() else []
@@ -83,24 +88,43 @@ def test_killing_a_search_three_times_loses_no_trial_and_changes_none(
     assert accuracies(stored(output)) == accuracies(straight.study.trials)
 
 
-@pytest.mark.parametrize("moment", ["supernet: ", "/60:"])
+@pytest.mark.parametrize(("number", "moment"), [("SIGINT", "supernet: "), ("SIGINT", "/60:"), ("SIGTERM", "/60:")])
 def test_ctrl_c_ends_within_seconds_says_how_to_resume_and_cleans_up(
-    start: Start, study_file: Path, tmp_path: Path, moment: str
+    start: Start, study_file: Path, tmp_path: Path, number: str, moment: str
 ) -> None:
-    """The tiny space ends before the budget does: (2⁴ − 1) skip sets, two ranks, two placements."""
+    """So does SIGTERM, which schedulers and containers send.
+
+    The tiny space ends before the budget does: (2⁴ − 1) skip sets, two ranks, two placements.
+    """
     output = tmp_path / "a run"
     process = start(*command(study_file, output, budget=500))
     wait_for(process, moment)
     before, used = time.monotonic(), sum(psutil.Process(process.pid).cpu_times()[:2])
     earlier = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, number))
     _, complaints = process.communicate(timeout=60)
     worked = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - earlier - used
     assert worked < 3  # seconds of its own, so that a busy machine does not matter
     assert time.monotonic() - before < 15
     assert process.returncode == 130
     assert "Traceback" not in complaints
-    hint = f"python -m eas_search.run --config {study_file} --output '{output}' --budget 500"
-    assert complaints.strip().splitlines() == [f"Interrupted; finished trials are kept. Resume with: {hint}"]
+    assert complaints.strip().splitlines() == [resume_hint(study_file, output, "--budget 500")]
     assert TrialState.RUNNING not in [trial.state for trial in stored(output)]
     assert bool(completed(output)) == (moment == "/60:")
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGKILL"])
+def test_workers_do_not_outlive_their_search(start: Start, study_file: Path, tmp_path: Path, number: str) -> None:
+    output = tmp_path / "a run"
+    process = start(*command(study_file, output, budget=500), "--jobs", 2)
+    wait_for(process, "/60:")
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 2
+    process.send_signal(getattr(signal, number))
+    _, complaints = process.communicate(timeout=60)  # returns when the last of them has let go of its output
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+    if number == "SIGTERM":
+        assert process.returncode == 130
+        assert complaints.strip().splitlines() == [resume_hint(study_file, output, "--budget 500 --jobs 2")]
+        assert TrialState.RUNNING not in [trial.state for trial in stored(output)]

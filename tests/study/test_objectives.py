@@ -100,7 +100,8 @@ def test_latencies_are_predicted_once_and_compared_with_measured_ones(
     report = read_json(several.folder / "summary.json")["latency"]
     assert report["trials"] == "predicted"
     assert report["standard_error"] > 0
-    assert report["measured_models"] == len(read_json(several.folder / "stages" / "predictor.json")["measured"]) == 9
+    measured = read_json(several.folder / "stages" / "predictor.json")["measured"]
+    assert report["measured_models"] == len(measured) == 10  # the original, too
     assert f"leave-one-out error {100 * report['leave_one_out_error']:.1f} %" in several.said
     assert f"{100 * report['finalists_mape']:.1f} % off on average" in several.said
     rows = {row["number"]: row for row in read_json(several.folder / "pareto.json")}
@@ -142,11 +143,14 @@ def test_a_kv_cache_that_nothing_can_shrink_is_refused(
 
 
 def test_a_study_keeps_its_objectives(make_settings: Callable[..., SearchSettings], tmp_path: Path) -> None:
-    eas_search.create_study(make_settings(), tmp_path, "s")
+    """In a storage that other folders share."""
+    storage = f"sqlite:///{tmp_path / 'shared.db'}"
+    eas_search.create_study(make_settings(), tmp_path / "one", "s", storage)
+    costs = make_settings(objectives=("accuracy", "latency", "kv_bytes"))
     with pytest.raises(StorageError, match=r"directions .*expected .*accuracy, latency, kv_bytes"):
-        eas_search.create_study(make_settings(objectives=("accuracy", "latency", "kv_bytes")), tmp_path, "s")
+        eas_search.create_study(costs, tmp_path / "three", "s", storage)
     with pytest.raises(StorageError, match=r"objectives: .*latency.* then, .*flops.* now"):
-        eas_search.create_study(make_settings(objectives=("accuracy", "flops")), tmp_path, "s")
+        eas_search.create_study(make_settings(objectives=("accuracy", "flops")), tmp_path / "other", "s", storage)
 
 
 def test_flags_reach_the_settings_and_leave_the_rest_of_a_file(study_file: Path) -> None:

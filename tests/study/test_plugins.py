@@ -118,6 +118,7 @@ def test_a_pattern_in_a_module_reaches_the_sites_command(
         ("def f(:", "SyntaxError"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("raise ValueError('two\\nlines')", "ValueError: two lines"),
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
     ],
 )
 def test_a_plugin_that_cannot_be_imported_is_one_line(

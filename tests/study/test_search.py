@@ -19,9 +19,11 @@ import pytest
 import torch
 
 import eas_search
-from eas_search.exceptions import StorageError
+from eas_search.exceptions import ConfigError, StorageError, VerificationError
 from eas_search.finalists import Finalist, finalist_name, prepare_finalist
 from eas_search.kept_adapters import KeptAdapters
+from eas_search.pia import Pia, PiaShape
+from eas_search.pooling import PoolSession
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
 from eas_search.stage_folder import StageFolder
@@ -29,6 +31,8 @@ from eas_search.study import finals
 from eas_search.study.frames import mark_chosen
 from eas_search.study.outputs import read_json
 from eas_search.study.progress import TrialNews
+from eas_search.study.trials import Trials
+from eas_search.warm_start import SiteMoments, write_closed_form
 
 BUDGET = 5  # of the finished search
 COUNTED = ["accuracy", "parameters"]  # objectives that do not depend on timings
@@ -47,6 +51,24 @@ def test_every_file_is_there_and_nothing_half_written(finished: SimpleNamespace)
     expected = {"study.db", "trials.csv", "pareto.json", "pareto.html", "best.json", "export", "summary.json"}
     assert expected <= names
     assert not [path for path in finished.folder.rglob("*") if path.suffix in (".tmp", ".pkl", ".pt", ".bin")]
+
+
+def test_the_figures_are_there_when_the_export_fails(
+    search: Callable[..., SimpleNamespace],
+    make_settings: Callable[..., SearchSettings],
+    finished_copy: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise VerificationError("the export's answers differ")
+
+    monkeypatch.setattr("eas_search.study.outputs.write_export", fail)
+    for name in ("summary.json", "pareto.html"):
+        (finished_copy / name).unlink()
+    with pytest.raises(VerificationError):
+        search(make_settings(), finished_copy)
+    assert read_json(finished_copy / "summary.json")["completed"] == BUDGET
+    assert (finished_copy / "pareto.html").is_file()
 
 
 def test_the_trial_table_has_one_row_per_trial_with_its_figures(finished: SimpleNamespace) -> None:
@@ -311,3 +333,59 @@ def test_workers_prepare_the_finalists(
     )
     assert (shared := ours.keys() & theirs.keys())
     assert {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}
+
+
+def test_one_sample_of_each_kind_is_enough(
+    search: Callable[..., SimpleNamespace], make_settings: Callable[..., SearchSettings], tmp_path: Path
+) -> None:
+    """All tokens that count may be one: there is nothing to regress on."""
+    one = dict.fromkeys(("train", "validation", "selection", "test", "calibration"), 1)
+    done = search(make_settings(samples=one, budget=1), tmp_path)
+    assert done.result.reached
+    explained = read_json(tmp_path / "stages" / "supernet.json")["explained"]
+    assert all(map(math.isfinite, explained.values()))
+
+
+def test_without_variety_a_pia_writes_the_mean() -> None:
+    pia = Pia(PiaShape(width=8, rank=4))
+    moments = SiteMoments()
+    moments.add(torch.arange(16.0).expand(5, -1), {"stream": torch.full((5, 8), 2.0)})
+    assert write_closed_form(pia, moments, "stream") == 0.0
+    torch.testing.assert_close(pia(torch.randn(2, 3, 8), PoolSession("all"), "x"), torch.full((2, 3, 8), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"baseline": {"steps": 3, "learning_rate": 1e30}}, "expected those of a working model: lower baseline"),
+        ({"supernet": {"training": {"steps": 3, "learning_rate": 1e30}}}, "smaller supernet.training.learning_rate"),
+    ],
+    ids=["baseline", "supernet"],
+)
+def test_training_that_diverges_is_one_line(
+    search: Callable[..., SimpleNamespace],
+    make_settings: Callable[..., SearchSettings],
+    tmp_path: Path,
+    change: dict[str, Any],
+    named: str,
+) -> None:
+    with pytest.raises(ConfigError, match=named) as error:
+        search(make_settings(**change), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_metric_that_is_not_finite_is_left_out(finished: SimpleNamespace, finished_copy: Path) -> None:
+    record = read_json(finished_copy / "stages" / "supernet.json")
+    record["metrics"]["taylor"][0] = math.nan
+    (finished_copy / "stages" / "supernet.json").write_text(json.dumps(record), encoding="utf-8")
+    bench: Any = SimpleNamespace(
+        settings=finished.settings,
+        space=SimpleNamespace(size=1),
+        sites=(),
+        splits={"test": SimpleNamespace(scoring=SimpleNamespace(metric="accuracy"))},
+    )
+    trials: Any = Trials(finished.study, bench, None, record["redundancy"], finished_copy, None)  # type: ignore[arg-type]
+    assert set(trials.rankings()) == set(record["metrics"]) - {"random", "taylor"}
+    trials.redundancy = [math.nan]
+    with pytest.raises(ConfigError, match="'bandit' is not finite"):
+        trials.rankings()

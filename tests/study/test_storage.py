@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import signal
 import sqlite3
@@ -16,9 +17,11 @@ import psutil
 import pytest
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
+from safetensors import SafetensorError
 
 from eas_search import settings as settings_module
-from eas_search.exceptions import ConfigError, StorageError
+from eas_search.exceptions import ConfigError, EasSearchError, StorageError
+from eas_search.export.files import writing
 from eas_search.objective import TrialResult
 from eas_search.samplers import FrontSampler
 from eas_search.search_space import SearchSpace
@@ -138,6 +141,68 @@ def test_a_commit_does_not_wait_for_the_disk_and_the_file_is_whole_after_a_run(t
     assert optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path}/copy/study.db").user_attrs["mark"] == "told"
 
 
+@pytest.mark.parametrize("name", ["#2", "what?mode=memory", "A%41", "[lr=1]", "{SCHEMA_VERSION}", "実験 一", "a&b=c"])
+def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    for _ in range(2):
+        with only_writer(prepared(folder)):
+            create_study(SearchSettings(), folder, "s")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (folder / "study.db").is_file()
+
+
+def prepared(folder: Path) -> Path:
+    prepare_output(folder)
+    return folder
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
+    """SQLite says the same of a database that may not grow."""
+    study = create_study(SearchSettings(), tmp_path, "s")
+    study.set_user_attr("kept", 1)
+    backend: Any = study._storage
+    with backend._backend.engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA max_page_count = 1")
+    expected = pytest.raises(StorageError, match=r"no space left.*run the same command again: nothing is lost")
+    with expected as error, only_writer(tmp_path):
+        study.set_user_attr("big", ["x" * 1000] * 1000)
+    assert "\n" not in str(error.value)
+    backend.remove_session()
+    assert create_study(SearchSettings(), tmp_path, "s").user_attrs["kept"] == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_full_disk_is_one_line_whoever_comes_upon_it(tmp_path: Path, error: Exception) -> None:
+    message = rf"'{tmp_path}' cannot be written: no space left"
+    with pytest.raises(StorageError, match=message), only_writer(tmp_path):
+        raise error
+    with pytest.raises(StorageError, match=message), only_writer(tmp_path):
+        raise EasSearchError("three trials in a row failed") from error
+    export = rf"'{tmp_path / 'export'}' cannot be written: no space left"  # which may be on another disk
+    with pytest.raises(StorageError, match=export), only_writer(tmp_path), writing(tmp_path / "export"):
+        raise error
+    with pytest.raises(ValueError, match="something else"), only_writer(tmp_path):
+        raise ValueError("something else")
+
+
+def test_a_study_with_trials_of_another_program_is_refused_before_anything_is_written() -> None:
+    storage = InMemoryStorage()
+    study = optuna.create_study(storage=storage, study_name="s", directions=["maximize", "minimize"])
+    load_or_create(storage, "s", SearchSettings())  # an empty one is as good as new
+    study = optuna.create_study(storage=storage, study_name="t", directions=["maximize", "minimize"])
+    study.add_trial(optuna.create_trial(values=[1.0, 2.0]))
+    with pytest.raises(StorageError, match=r"'t' holds trials that are not of eas_search.*another --study-name"):
+        load_or_create(storage, "t", SearchSettings())
+    assert study.user_attrs == {}
+
+
 def test_a_database_of_another_program_is_left_as_it_is(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "study.db") as connection:
         connection.execute("create table shopping (item text)")
@@ -217,22 +282,23 @@ def test_trials_of_another_run_that_is_alive_are_left_alone(interrupted: optuna.
     assert interrupted.trials[3].state == TrialState.RUNNING
 
 
-def test_ctrl_c_waits_until_the_storage_is_done(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_waits_until_the_storage_is_done(tmp_path: Path, number: signal.Signals) -> None:
     study, reached = create_study(SearchSettings(), tmp_path, "s"), []
 
     def ask() -> None:
         with undisturbed():
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
             reached.append(study.ask().number)
 
     # A process that a shell starts in the background inherits an ignored Ctrl-C.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(number, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             ask()
         assert reached == [0]
         with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
     assert reap(study) == 1
