@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import inspect
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 import eas_search
@@ -108,12 +110,20 @@ def describe(student: nn.Module, kind: str, about: Mapping[str, Any] | None = No
         "options": constructor_options(student),
         "merged": info.merged,
         "thin": list(info.thin),
-        "dtype": str(next(student.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(_main_dtype(student)).removeprefix("torch."),
         "skip_config": info.config.model_copy(update={"skip": tuple(s.name for s in info.skipped)}).model_dump(
             mode="json"
         ),
         "about": dict(about or {}),
     }
+
+
+def _main_dtype(student: nn.Module) -> torch.dtype:
+    """The dtype of most weights; single ones may have been kept in another."""
+    sizes: Counter[torch.dtype] = Counter()
+    for weight in student.parameters():
+        sizes[weight.dtype] += weight.numel() * weight.is_floating_point()
+    return sizes.most_common(1)[0][0]
 
 
 def constructor_options(student: nn.Module) -> dict[str, bool]:

@@ -16,7 +16,7 @@ from torch import Tensor
 import eas_search as eas
 from eas_search.exceptions import ConfigError, StorageError
 from eas_search.export import write_manifest
-from eas_search.export.files import read_json, write_json
+from eas_search.export.files import describe, read_json, write_json
 
 LOAD = """
 import json, sys, torch
@@ -191,6 +191,14 @@ def test_a_precision_that_is_none_is_refused(export: Path, dtype: Any) -> None:
 
     with pytest.raises(ConfigError, match=r"dtype = .* cannot be followed"):
         AutoModelForCausalLM.from_pretrained(export, dtype=dtype)
+
+
+def test_an_export_names_the_precision_of_most_of_its_weights(build_llama: Callable[..., Any]) -> None:
+    """The first weight of a model may be one that was kept in float32."""
+    model = build_llama().half()
+    model.model.embed_tokens.float()
+    student = eas.apply_skips(model, eas.SkipConfig(skip=(1,), pia_dim=2))
+    assert describe(student, "student")["dtype"] == "float16"
 
 
 def test_an_export_of_the_former_layout_says_what_to_do(export: Path) -> None:

@@ -389,3 +389,12 @@ def test_a_metric_that_is_not_finite_is_left_out(finished: SimpleNamespace, fini
     trials.redundancy = [math.nan]
     with pytest.raises(ConfigError, match="'bandit' is not finite"):
         trials.rankings()
+
+
+def test_finalists_may_learn_from_the_intact_model(
+    tmp_path: Path, search: Callable[..., SimpleNamespace], make_settings: Callable[..., SearchSettings]
+) -> None:
+    """The baseline, which is trained for as many steps, has nobody to learn from."""
+    settings = make_settings(budget=1)
+    distilled = settings.model_copy(update={"final": settings.final.model_copy(update={"distill": 0.5})})
+    assert search(distilled, tmp_path / "run").result.completed == 1
