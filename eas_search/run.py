@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from eas_search import __version__
@@ -27,8 +25,6 @@ from eas_search.names import SAMPLERS
 
 if TYPE_CHECKING:
     from eas_search.settings import SearchSettings
-    from eas_search.study import SearchResult
-    from eas_search.study.progress import Display
 
 # Without markup: a path, a name or a reason may hold what looks like some, e.g. `runs/[lr=1]`.
 console = Console(highlight=False, markup=False)
@@ -160,8 +156,10 @@ def _search(
 ) -> None:
     console.print("Loading libraries …")
     settings, place = _settle(given, config, output, study_name, storage)
-    from eas_search.export.files import full_disk_explained
+    from eas_search.full_disk import full_disk_explained
     from eas_search.study import create_study, run_study
+    from eas_search.study.closing import show_result
+    from eas_search.study.endings import SureInterrupt
     from eas_search.study.progress import make_display
 
     with full_disk_explained(place.output):
@@ -173,40 +171,12 @@ def _search(
     finally:
         sure.restore()
         display.close()
-    show_result(result, settings)
+    show_result(console, result, settings)
     if not result.reached:
         console.print(
             f"Stopped at {result.completed} of {settings.budget} trials (time limit). Resume with: {this_command()}"
         )
         raise typer.Exit(UNFINISHED)
-
-
-class SureInterrupt:
-    """Passes a search's news on to `display`; with the next piece of news it repeats a Ctrl-C that was lost.
-
-    Python ignores a KeyboardInterrupt that happens to be raised inside a finaliser or a weak reference's callback.
-    SIGTERM, which schedulers and containers send, is a Ctrl-C, too, until `restore`.
-    """
-
-    def __init__(self, display: Display) -> None:
-        from eas_search.study.storage import ENDINGS
-
-        self.display, self.seen = display, False
-        self.before = {number: signal.signal(number, self._handle) for number in ENDINGS}
-
-    def restore(self) -> None:
-        """Give the signals back to who handled them before."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, *_: object) -> None:
-        self.seen = True
-        raise KeyboardInterrupt
-
-    def __getattr__(self, name: str) -> Any:
-        if self.seen:
-            raise KeyboardInterrupt
-        return getattr(self.display, name)
 
 
 def _settle(
@@ -252,70 +222,6 @@ def this_command() -> str:
     program = Path(sys.argv[0]).name
     start = ["python", "-m", "eas_search.run"] if program in ("run.py", "__main__.py") else [program]
     return shlex.join([*start, *sys.argv[1:]])
-
-
-def show_result(result: SearchResult, settings: SearchSettings) -> None:
-    """The closing table: the front, fastest first, and where everything is."""
-    from eas_search.report.headline import headline
-    from eas_search.report.labels import runs
-
-    baseline = result.baseline
-    metric = result.summary["metric"]
-    title = f"Pareto front: held-out {metric}, merged models timed side by side"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="bold")
-    perplexity = "perplexity" in baseline.breakdown
-    # A long name of the metric would take the place of a figure; the title has it.
-    score = ("accuracy" if "match" in metric else metric if len(metric) <= 8 else "score", *["perplexity"] * perplexity)
-    # Costs that the table has only where they are objectives, as shares of the original model's.
-    extra = [name for name in ("parameters", "flops") if name in result.summary["objectives"]]
-    right = (*score, "prefill", "95 %", "decode", "KV", *extra)
-    for heading in ("", "trial", "skipped", "PIA", *right):
-        # Only the skip set may take several lines: everything else fits a terminal of 80 columns beside it.
-        wraps = heading == "skipped"
-        table.add_column(heading, justify="right" if heading in right else "left", no_wrap=not wraps)
-    kv, decode = baseline.kv_bytes, baseline.decode_s is not None
-    further = [f"{baseline.breakdown['perplexity']:.4g}"] if perplexity else []
-    reference = (
-        f"{100 * baseline.accuracy:.1f} %",
-        *further,
-        "1.00×",
-        "",
-        "1.00×" if decode else "",
-        "100 %" if kv else "",
-        *["100 %"] * len(extra),
-    )
-    table.add_row("", "baseline", "none", "", *reference)
-    shown = result.front[(result.front["front"] != "dominated") | result.front["chosen"]]
-    for row in shown.to_dict("records"):
-        table.add_row(
-            ("★" if row["chosen"] else "") + ("" if row["on_front"] else "≈" if row["front"] == "undecided" else "↓"),
-            str(row["number"]),
-            f"{len(row['skip'])}: {' '.join(runs(row['skip']))}",
-            f"{row['placement']} {row['pia_dim']}" if row["skip"] else "",
-            f"{100 * row['accuracy']:.1f} %",
-            *([f"{row['breakdown']['perplexity']:.4g}"] if perplexity else []),
-            f"{1 / row['latency']:.2f}×",
-            f"{1 / row['latency_high']:.2f}–{1 / row['latency_low']:.2f}",
-            f"{1 / row['decode_latency']:.2f}×" if decode and row["decode_latency"] else "",
-            f"{100 * row['kv_bytes'] / kv:.0f} %" if kv else "",
-            *[f"{100 * row[name] / getattr(baseline, name):.0f} %" for name in extra],
-        )
-    console.print(table)
-    verdict = headline(result.front, {"accuracy": baseline.accuracy}, result.summary["sites"], result.summary)
-    console.print(verdict.replace("\u00a0", " "))
-    marks = {
-        "undecided": "≈ another point costs less and scores as well, but not surely better",
-        "dominated": "↓ off the front",
-    }
-    for kind in shown["front"].unique():
-        if kind in marks:
-            console.print(f"{marks[kind]}.")
-    folder = result.folder
-    seconds = sum(result.summary["wall_clock"].values())
-    console.print(f"{result.completed} trials in {seconds:.0f} s.  ★ is exported: {folder / 'export'}")
-    console.print(f"Open {folder / 'pareto.html'} in a browser; export another point with:")
-    trust = " --trust-remote-code" if settings.loading.trust_remote_code else ""
-    console.print(f"  eas-search export {shlex.quote(str(folder))} --trial N{trust}", soft_wrap=True)
 
 
 def guarded(call: Callable[[], Any], debug: bool) -> int:

@@ -39,7 +39,7 @@ LAYERS = [
     "pooling | masks",
     "skip_config | head | dispatch | bandit | fingerprints",
     "__init__",
-    "auto_classes | plugins | stage_folder | study_file",
+    "auto_classes | plugins | stage_folder | study_file | full_disk",
     "exceptions | import_hook | names | copying",
 ]
 LEVEL = {name: level for level, line in enumerate(LAYERS) for name in line.split(" | ")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import inspect
 import json
 from collections import Counter
@@ -16,46 +15,13 @@ from torch import nn
 
 import eas_search
 from eas_search.exceptions import ConfigError, StorageError
+from eas_search.full_disk import full_disk_explained
 
 # Of the folder; 1 had the base model's own config.json, so that transformers filled in what is not there, and 2 pooled
 # terms as biases of the FFN.
 FORMAT = 3
 CONFIG, EAS_CONFIG = "config.json", "eas_config.json"
 MANIFEST, REFERENCE, CARD = "manifest.json", "reference.safetensors", "README.md"
-NO_SPACE = ("no space left", "disk is full", "quota exceeded")  # as the system, SQLite and safetensors say it
-
-
-class FullDisk(StorageError):
-    """There is no space left for what should be written."""
-
-
-@contextmanager
-def full_disk_explained(folder: Path) -> Iterator[None]:
-    """One line where the disk of `folder` is full, whichever library came upon it.
-
-    Raises:
-        FullDisk: that was the cause of an error inside.
-    """
-    try:
-        yield
-    except Exception as error:  # Optuna, SQLAlchemy, safetensors and the system each raise their own kinds here
-        if isinstance(error, FullDisk) or not _says_full(error):
-            raise
-        raise FullDisk(
-            f"{str(folder)!r} cannot be written: no space left on its disk; expected room for what belongs there: free "
-            "some and run the same command again: nothing is lost"
-        ) from error
-
-
-def _says_full(error: BaseException | None) -> bool:
-    """Whether an error, or one from which it was raised, is about a full disk."""
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(words in str(error).lower() for words in NO_SPACE):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 @contextmanager

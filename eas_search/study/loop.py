@@ -19,7 +19,8 @@ from eas_search.objective import TrialResult
 from eas_search.search_space import SearchSpace
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
-from eas_search.study.storage import owner, undisturbed
+from eas_search.study.endings import undisturbed
+from eas_search.study.storage import owner
 
 MAX_FAILURES_IN_A_ROW = 3
 MAX_WORKERS_LOST = 2  # by one configuration, before it counts as a failure

@@ -20,10 +20,11 @@ from eas_search.samplers import check_budget
 from eas_search.settings import SearchSettings
 from eas_search.stage_folder import StageFolder
 from eas_search.stages import Baseline, baseline_stage, supernet_stage
+from eas_search.study.endings import undisturbed
 from eas_search.study.finals import hold_finals
 from eas_search.study.heap import settled_heap
 from eas_search.study.progress import Display
-from eas_search.study.storage import load_or_create, only_writer, open_storage, prepare_output, reap, undisturbed
+from eas_search.study.storage import load_or_create, only_writer, open_storage, prepare_output, reap
 from eas_search.study.summary import Outcome, hand_over
 from eas_search.study.trials import Trials
 from eas_search.study.workers import workers

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import sqlite3
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -23,10 +21,8 @@ from sqlalchemy import URL
 from sqlalchemy.event import listen
 
 from eas_search.exceptions import ConfigError, StorageError
-from eas_search.export.files import full_disk_explained
+from eas_search.full_disk import full_disk_explained
 from eas_search.settings import SearchSettings
-
-ENDINGS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what schedulers and containers send
 
 
 def prepare_output(folder: Path) -> None:
@@ -69,23 +65,6 @@ def only_writer(folder: Path) -> Iterator[None]:
     finally:
         _settle(folder / "study.db")
         lock.release()
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Hold `ENDINGS` back while the storage is in use: half-done work in it could not be cleaned up."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    received: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in ENDINGS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-    if received:
-        signal.raise_signal(received[0])
 
 
 def open_storage(url: str | None, folder: Path) -> BaseStorage:

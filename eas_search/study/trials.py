@@ -17,9 +17,9 @@ from eas_search.samplers import make_sampler, ranking_prefixes
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
 from eas_search.stage_folder import StageFolder
+from eas_search.study.endings import undisturbed
 from eas_search.study.loop import TrialLoop, run_here
 from eas_search.study.progress import Display, Tally
-from eas_search.study.storage import undisturbed
 from eas_search.study.workers import Workers
 from eas_search.supernet import Supernet
 from eas_search.workbench import Workbench

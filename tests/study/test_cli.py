@@ -25,6 +25,8 @@ from eas_search.models.loading import load_model
 from eas_search.models.options import LoadOptions
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import apply_skips
+from eas_search.study.closing import show_result
+from eas_search.study.endings import SureInterrupt
 from eas_search.study.outputs import read_json
 from eas_search.tasks import get_task
 
@@ -396,7 +398,7 @@ def test_a_search_from_the_command_line_reaches_its_budget_or_says_how_to_go_on(
 def test_a_ctrl_c_that_a_finaliser_swallowed_is_repeated_with_the_next_news(number: signal.Signals) -> None:
     said: list[str] = []
     before = signal.getsignal(number)
-    sure = run.SureInterrupt(SimpleNamespace(stage=said.append))  # type: ignore[arg-type]
+    sure = SureInterrupt(SimpleNamespace(stage=said.append))  # type: ignore[arg-type]
     try:
         sure.stage("one")
         with pytest.raises(KeyboardInterrupt):
@@ -415,7 +417,7 @@ def test_a_terminal_that_cannot_show_a_star_gets_the_table_without_it(
 ) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding, errors="strict"))
-    assert run.guarded(lambda: run.show_result(finished.result, finished.settings), debug=True) == 0
+    assert run.guarded(lambda: show_result(run.console, finished.result, finished.settings), debug=True) == 0
     sys.stdout.flush()
     said = written.getvalue().decode(encoding)
     assert "5 trials in" in said

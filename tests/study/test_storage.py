@@ -27,8 +27,9 @@ from eas_search.samplers import FrontSampler
 from eas_search.search_space import SearchSpace
 from eas_search.settings import SearchSettings
 from eas_search.study import create_study
+from eas_search.study.endings import undisturbed
 from eas_search.study.loop import TrialLoop, run_here
-from eas_search.study.storage import load_or_create, only_writer, owner, prepare_output, reap, undisturbed
+from eas_search.study.storage import load_or_create, only_writer, owner, prepare_output, reap
 
 
 def make_loop(study: optuna.Study, space: SearchSpace, budget: int) -> TrialLoop:
