@@ -27,8 +27,13 @@ def bind_settings(folder: StageFolder, settings: SearchSettings) -> None:
     """Record the settings on first use; refuse others later.
 
     Raises:
-        StorageError: the stages were computed under other settings.
+        StorageError: the stages were computed under other settings, or by a version that did not record them.
     """
+    if folder.read("settings") is None and (folder.folder / "baseline.json").is_file():
+        raise StorageError(
+            f"output folder {str(folder.folder.parent)!r} holds a search of another version of eas_search; expected "
+            "this one to go on with it: use that version, or choose another --output"
+        )
     now = {"fingerprint": settings.fingerprint(), "settings": settings.model_dump(mode="json")}
     before = folder.once("settings", lambda: now)
     if before["fingerprint"] != now["fingerprint"]:

@@ -156,6 +156,19 @@ def test_what_a_limit_takes_does_not_depend_on_how_the_file_is_sorted(tmp_path: 
         assert len({answer for *_, answer in part}) == 2
 
 
+@pytest.mark.parametrize(("text", "fails"), [("how do I use the <image> tag ?", False), ("<image>\nwhat ?", True),
+    ("what ?\n<image>", True), ("look:\n<image>\nwhat ?", True)])  # fmt: skip
+def test_a_question_about_a_placeholder_needs_no_picture(tmp_path: Path, text: str, fails: bool) -> None:
+    records = [talk(f"{text} {i}" if not text.endswith(">") else text, f"answer {i}", id=i) for i in range(20)]
+    (tmp_path / "train.json").write_text(json.dumps(records), encoding="utf-8")
+    task = get_task("vqa", tmp_path)
+    if fails:
+        with pytest.raises(TaskDataError, match="asks about an <image>"):
+            task.examples("train")
+    else:
+        assert all(example.image is None for example in task.examples("train"))
+
+
 def test_equal_examples_do_not_stand_side_by_side() -> None:
     values = ["same"] * 500 + [f"{i}" for i in range(500)]
     found = by_digest(values, str)
@@ -165,10 +178,23 @@ def test_equal_examples_do_not_stand_side_by_side() -> None:
 
 
 def test_classes_are_spread_evenly_and_keep_their_order() -> None:
-    assert in_proportion(["a1", "a2", "a3", "a4", "b1", "b2"], lambda text: text[0]) == [
-        "a1", "b1", "a2", "a3", "b2", "a4"
-    ]  # fmt: skip
+    values = [f"a{i}" for i in range(60)] + [f"b{i}" for i in range(30)] + [f"c{i}" for i in range(10)]
+    found = in_proportion(values, lambda text: text[0])
+    for kind, share in (("a", 0.6), ("b", 0.3), ("c", 0.1)):
+        own = [value for value in found if value[0] == kind]
+        assert own == [value for value in values if value[0] == kind]
+        for size in range(1, 101):
+            assert abs(sum(value[0] == kind for value in found[:size]) - share * size) <= 2
     assert in_proportion([], str) == []
+
+
+def test_rare_classes_come_in_their_proportion_too() -> None:
+    """Half of the data is one class, the other half five hundred with two examples each."""
+    values = ["other"] * 1000 + [f"rare {i // 2}" for i in range(1000)]
+    found = in_proportion(values, str)
+    for size in (128, 256, 400, 600, 1000):
+        deviation = 0.5 / size**0.5  # of a random draw, which this need not be worse than
+        assert found[:size].count("other") / size == pytest.approx(0.5, abs=3 * deviation)
 
 
 def test_of_plain_text_a_limit_takes_runs_from_all_over(tmp_path: Path) -> None:

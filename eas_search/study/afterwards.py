@@ -26,8 +26,9 @@ from eas_search.latency import LatencyConfig, measure_latency
 from eas_search.measures import accuracy_interval
 from eas_search.models.loading import empty_model, load_model
 from eas_search.models.options import LoadOptions
+from eas_search.origin import bind_settings
 from eas_search.report.page import PageData, write_page
-from eas_search.settings import SearchSettings
+from eas_search.settings import PROTOCOL, SearchSettings
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import apply_skips
 from eas_search.stage_folder import StageFolder
@@ -146,6 +147,7 @@ def export_trial(
     folder = output or run / (f"export-{number}" if kind in (None, "eas") else f"export-{number}-{kind}")
     check_writable(folder)
     with only_writer(run):
+        bind_settings(StageFolder(run / "stages"), settings)
         bench = Workbench.open(settings, run)  # a trial that is trained again is trained as the study was
         student = bench.student(config)
         kind = kind or outputs.possible_format(student)[0]
@@ -234,6 +236,8 @@ def evaluate_export(
             claimed("accuracy"),
         )
     }
+    if facts.get("protocol") != PROTOCOL:
+        figures["  samples as taken by"] = ("this version", "another version")
     for name, value in split.scoring.report(split, scores).items():
         before = claims.get("breakdown", {}).get(name)
         figures[f"  {name}"] = (f"{value:.4f}", "" if before is None else f"{before:.4f}")

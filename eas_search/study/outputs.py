@@ -19,6 +19,7 @@ from eas_search.exceptions import StorageError
 from eas_search.export import ExportJob, export_student, get_format, usage
 from eas_search.finalists import Finalist
 from eas_search.report.front import REFERENCE, hypervolume, hypervolume_interval
+from eas_search.settings import PROTOCOL
 from eas_search.stages import Baseline
 from eas_search.study.card import model_card
 from eas_search.workbench import Workbench
@@ -209,6 +210,7 @@ def write_export(
         "baseline": json.loads(to_json(vars(baseline))),
         "latency_batch": bench.settings.latency_batch,
         "held_out_limit": bench.settings.samples.test,
+        "protocol": PROTOCOL,
         "conditions": conditions(bench),
         "hardware": bench.hardware,
         "versions": versions(),

@@ -162,7 +162,7 @@ def load_or_create(storage: BaseStorage, name: str, settings: SearchSettings) ->
         difference = settings.first_difference(study.user_attrs["settings"])
         raise StorageError(
             f"study {name!r} was made with other settings ({difference}); expected the same ones to resume: repeat "
-            "them, or choose another --study-name"
+            "them, or choose another --output, and in a storage of your own another --study-name"
         )
     return study
 

@@ -44,12 +44,14 @@ def in_runs(examples: Sequence[T], content: Callable[[T], str], length: int) -> 
 def in_proportion(examples: Sequence[T], kind: Callable[[T], object]) -> list[T]:
     """Every class spread evenly over the whole, so that any first part has the classes in their proportions.
 
-    Within a class the examples stay in their order.
+    Where a class begins is decided by a digest of its name, or all classes of one size would come at once. Within a
+    class the examples stay in their order.
     """
     sizes, seen = Counter(kind(example) for example in examples), Counter[object]()
+    begins = {own: int(digest(str(own))[:12], 16) / 16**12 for own in sizes}
     ranked = []
     for example in examples:
         own = kind(example)
-        ranked.append(((seen[own] + 0.5) / sizes[own], example))
+        ranked.append(((seen[own] + begins[own]) / sizes[own], example))
         seen[own] += 1
     return [example for _, example in sorted(ranked, key=lambda pair: pair[0])]

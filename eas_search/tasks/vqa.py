@@ -110,7 +110,7 @@ class Vqa(FileTask, AnswerTask):
                 f"{where} has no question with an answer; expected a turn of 'human', then one of 'gpt'."
             )
         named = _picture_of(record, where)
-        if named is None and any(IMAGE in str(turns[i]["value"]) for i in pairs):
+        if named is None and any(_shows(str(turns[i]["value"])) for i in pairs):
             raise TaskDataError(
                 f"{where} asks about an {IMAGE} but has {record.get('image')!r:.40} for 'image'; expected the name of "
                 f"a picture's file: add it, or take {IMAGE} out of the text."
@@ -147,6 +147,15 @@ class Vqa(FileTask, AnswerTask):
         from eas_search.tasks.choices import choice_tensors
 
         return choice_tensors(tokenizer, examples, texts, tensors)
+
+
+def _shows(text: str) -> bool:
+    """Whether a question shows a picture: the placeholder stands at an end of it or on a line of its own.
+
+    Elsewhere it may be what the question is about.
+    """
+    text = text.strip()
+    return text.startswith(IMAGE) or text.endswith(IMAGE) or f"\n{IMAGE}\n" in text
 
 
 def _picture_of(record: dict[str, Any], where: str) -> str | None:

@@ -406,6 +406,7 @@ def test_what_it_wrote_itself_passes(export: Path, genuine: Entries, tmp_path: P
     check_archive(pack(tmp_path / "a.pt2", genuine))
     check_archive(pack(tmp_path / "b.pt2", {name.replace("model/", "other-1/", 1): c for name, c in genuine.items()}))
     guards = ["L['tensors'][0].size()[1] == L['tensors'][1].size()[1]", "(-1)*L['tensors'][0].size()[0] >= -8"]
+    guards += ["L['tensors'][0].size()[1]*min(32, 32*L['tensors'][0].size()[1]) == 64"]
     content = changed(genuine[GRAPH], lambda program: program.update(guards_code=guards))
     check_archive(pack(tmp_path / "c.pt2", {**genuine, GRAPH: content}))
     assert json.loads(genuine[GRAPH])["guards_code"] == []

@@ -18,6 +18,7 @@ from eas_search.exceptions import StorageError
 from eas_search.origin import bind_contents
 from eas_search.settings import SearchSettings
 from eas_search.stage_folder import StageFolder
+from eas_search.study.afterwards import export_trial
 from eas_search.tasks import Example
 
 
@@ -41,6 +42,20 @@ def test_another_search_does_not_take_the_stages_of_a_folder(
     assert "\n" not in str(error.value)
     assert contents(finished_copy) == before
     assert (finished_copy / "study.db").is_file() != moved  # nothing was begun either
+
+
+def test_a_search_of_a_version_that_recorded_nothing_is_not_gone_on_with(
+    finished_copy: Path, search: Callable[..., SimpleNamespace], make_settings: Callable[..., SearchSettings]
+) -> None:
+    for name in ("settings", "contents"):
+        for suffix in ("json", "safetensors"):
+            (finished_copy / "stages" / f"{name}.{suffix}").unlink()
+    before = contents(finished_copy)
+    with pytest.raises(StorageError, match=r"a search of another version of eas_search.*choose another --output"):
+        search(make_settings(), finished_copy)
+    with pytest.raises(StorageError, match="a search of another version of eas_search"):
+        export_trial(finished_copy, 0, finished_copy / "new")
+    assert contents(finished_copy) == before
 
 
 def test_what_may_change_may_change(

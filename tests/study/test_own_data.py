@@ -17,6 +17,8 @@ from tiny_vision import draw_talks, save_idefics3
 
 import eas_search
 from eas_search.exceptions import ConfigError
+from eas_search.export.files import EAS_CONFIG, write_json
+from eas_search.export.manifest import write_manifest
 from eas_search.setting_groups import SpaceSettings
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
@@ -135,8 +137,14 @@ def test_a_vision_language_model_that_cuts_pictures_on_conversations(
     best = check(done, "accuracy")
     assert best["config"]["pooling"] == "prompt"
     assert all(name.startswith("model.text_model.") for name in best["skip_names"])
-    figures = evaluate_export(tmp_path / "run" / "export", data, None)
+    export = tmp_path / "run" / "export"
+    figures = evaluate_export(export, data, None)
     assert figures["held-out accuracy"][0] == figures["held-out accuracy"][1]
+    assert "  samples as taken by" not in figures
+    content = read_json(export / EAS_CONFIG)
+    write_json(export / EAS_CONFIG, {**content, "about": {**content["about"], "protocol": 2}})
+    write_manifest(export)
+    assert evaluate_export(export, data, 8)["  samples as taken by"] == ("this version", "another version")
 
 
 def test_what_the_user_leaves_open_fits_task_and_model(

@@ -31,6 +31,7 @@ _CHARACTERS = re.compile(r"[A-Za-z0-9_ ().,='*+/<>%&|!-]*")
 _SYMBOL = re.compile(r"(s|u|zf|zuf)[0-9]+")
 _NUMBER = re.compile(r"[0-9.e+-]+")
 _INPUT_SIZE = re.compile(r"L(\['[A-Za-z0-9_]+'\]|\[[0-9]+\])+\.(size|stride)\(\)\[[0-9]+\]")
+_PYTHON = re.compile(r"\b(min|max)(?=\()")
 _NAMES = frozenset({"oo", "int_oo", "true", "false"})
 # As `sympy.srepr` writes them; the last lines are those of torch.utils._sympy.functions.
 _FUNCTIONS = re.compile(
@@ -150,7 +151,8 @@ def _is_option(option: ast.keyword) -> bool:
 
 
 def _is_guard(text: str) -> bool:
-    return _is_expression(_INPUT_SIZE.sub("s0", text))
+    """Whether it compares sizes of inputs. Guards are Python, in which sympy's Min and Max are `min` and `max`."""
+    return _is_expression(_PYTHON.sub(lambda found: found[0].capitalize(), _INPUT_SIZE.sub("s0", text)))
 
 
 def _is_tree(text: str) -> bool:
