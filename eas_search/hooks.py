@@ -36,6 +36,7 @@ class NotePrompt:
     context: TokenContext
     tower: str = "text"
 
+    @torch.compiler.disable  # it would not see that every thread has a pass of its own
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Note the mask; `prompt_mask` [B, n] is removed because no model of `transformers` knows it."""
         given, context, now = kwargs.pop("prompt_mask", None), self.context, self.context.now
@@ -68,6 +69,7 @@ class EnterStack:
     context: TokenContext
     cross: TokenContext | None = None
 
+    @torch.compiler.disable  # it would not see that every thread has a pass of its own
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Bind the call's arguments by name, so that positional calls work too."""
         signature = inspect.signature(module.forward)
@@ -157,6 +159,7 @@ class LeaveStack:
     context: TokenContext
     cross: TokenContext | None = None
 
+    @torch.compiler.disable  # it would not see that every thread has a pass of its own
     def __call__(self, module: nn.Module, args: tuple, output: object) -> None:
         """Called with the stack's output."""
         self.context.now.cache, self.context.now.entered = None, False

@@ -82,8 +82,16 @@ def _told(example: Example) -> tuple[object, ...]:
 def _picture(picture: Any) -> tuple[object, ...]:
     """What tells a picture from another; opening thousands of files to look would take longer than a search may."""
     if isinstance(picture, Path):
-        return picture.name, picture.stat().st_size
+        return picture.name, _size(picture)
     if isinstance(picture, ArrowImage):
-        return picture.file.name, picture.file.stat().st_size, picture.row
+        return picture.file.name, _size(picture.file), picture.row
     content = picture if isinstance(picture, bytes) else picture.tobytes() if hasattr(picture, "tobytes") else b""
     return type(picture).__name__, hashlib.sha256(content).hexdigest()
+
+
+def _size(file: Path) -> int | None:
+    """None where there is no such file: whoever opens it says what is wrong."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return None

@@ -241,7 +241,7 @@ def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     if past is not None and fixed_means(past) and not getattr(settings, "is_assistant", False):
         raise ConfigError(
             f"pooling 'prompt' needs the whole prompt in one piece, got a cache of {int(past.get_seq_length())} "
-            "earlier tokens; expected generation without past_key_values, or pooling 'prefix' or 'none'"
+            "earlier tokens; expected all tokens of the chat without past_key_values, or pooling 'prefix' or 'none'"
         )
     # A static cache makes `generate` compile the forward pass where it can; the hooks have not been proved under it.
     if settings is None:

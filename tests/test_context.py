@@ -55,6 +55,25 @@ def test_an_interrupt_leaves_nothing_for_the_next_pass(
     assert torch.equal(model(tokens[:1], use_cache=False).logits, expected)
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")  # torch's own, about what it does not compile
+@pytest.mark.parametrize("form", ["student", "merged"])
+@pytest.mark.parametrize("pooling", ["prompt", "prefix", "none"])
+def test_a_compiled_model_answers_like_itself(
+    llama: Any, randomise: Callable[..., nn.Module], tokens: Tensor, pooling: str, form: str
+) -> None:
+    config = SkipConfig(skip=(1,), pia_dim=4, router="routed", pooling=pooling)
+    model: Any = randomise(apply_skips(llama, config)).eval()
+    model = merge(model) if form == "merged" else model
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    expected = model(tokens, attention_mask=mask, use_cache=False).logits
+    torch.compiler.reset()
+    compiled: Any = torch.compile(model, backend="eager")
+    found = compiled(tokens, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()])
+
+
 @pytest.mark.parametrize("pooling", ["prompt", "prefix"])
 def test_threads_answer_like_one(llama: Any, randomise: Callable[..., nn.Module], tokens: Tensor, pooling: str) -> None:
     config = SkipConfig(skip=(0, 2), pia_dim=4, adapter_dim=4, router="routed", pooling=pooling)

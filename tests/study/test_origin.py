@@ -117,6 +117,12 @@ def test_another_picture_in_the_same_file_is_noticed_by_its_size(tmp_path: Path)
         bind_contents(stages, model, {"test": [replace(EXAMPLE, image=file)]})
 
 
+def test_a_picture_that_is_not_there_is_left_to_whoever_opens_it(tmp_path: Path) -> None:
+    bind_contents(
+        StageFolder(tmp_path / "stages"), nn.Linear(2, 2), {"test": [replace(EXAMPLE, image=tmp_path / "no")]}
+    )
+
+
 def test_weights_that_are_not_loaded_do_not_count(tmp_path: Path) -> None:
     stages, model = StageFolder(tmp_path / "stages"), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
     bind_contents(stages, model, {})
