@@ -78,8 +78,7 @@ def predictor_stage(bench: Workbench, folder: StageFolder) -> LatencyPredictor:
         classes = bench.site_classes
         configs, latency = measured_configs(bench.space, classes), bench.settings.fit_latency
         rows, ratios, errors = list[Row](), list[float](), list[float]()
-        from_one = _is_the_original(bench, configs[0])
-        for phases in islice(_passes(bench, configs), bench.settings.fit_passes):
+        for phases, from_one in islice(_passes(bench, configs), bench.settings.fit_passes):
             rows += [terms_of(config, classes) for config in configs]
             ratios += [phase.ratio.estimate for phase in phases]
             errors += [phase.error for phase in phases]
@@ -99,25 +98,29 @@ def predictor_stage(bench: Workbench, folder: StageFolder) -> LatencyPredictor:
     return bench.predictor
 
 
-def _is_the_original(bench: Workbench, nothing: SkipConfig) -> bool:
-    """Whether nothing is left of the adapters where nothing is skipped, but biases: they cost no time of their own."""
-    merged = merge(bench.student(nothing))
-    names = [[name for name, _ in model.named_modules()] for model in (merged, bench.model)]
-    return names[0] == names[1]
-
-
-def _passes(bench: Workbench, configs: Sequence[SkipConfig]) -> Iterator[list[PhaseLatency]]:
+def _passes(bench: Workbench, configs: Sequence[SkipConfig]) -> Iterator[tuple[list[PhaseLatency], bool]]:
     """Prefill time beside the original model's, of every configuration merged, pass after pass.
 
-    Untrained, which changes no shape.
+    Untrained, which changes no shape. Beside it: whether the first configuration, nothing skipped, is the original.
     """
     size = sum(tensor.numel() * tensor.element_size() for tensor in bench.model.parameters())
     if size * (1 + len(configs)) < TOGETHER_BYTES:
         models = [merge(bench.student(config)).eval() for config in configs]
         while True:
-            yield _prefills(bench, models)
+            yield _prefills(bench, models), _is_the_original(bench, models[0])
     while True:
-        yield [_prefills(bench, [merge(bench.student(config)).eval()])[0] for config in configs]
+        phases, same = list[PhaseLatency](), list[bool]()
+        for config in configs:
+            model = merge(bench.student(config)).eval()
+            phases += _prefills(bench, [model])
+            same.append(_is_the_original(bench, model))
+        yield phases, same[0]
+
+
+def _is_the_original(bench: Workbench, merged: nn.Module) -> bool:
+    """Whether nothing is left of adapters but biases, which cost no time of their own."""
+    names = [[name for name, _ in model.named_modules()] for model in (merged, bench.model)]
+    return names[0] == names[1]
 
 
 def _prefills(bench: Workbench, models: Sequence[nn.Module]) -> list[PhaseLatency]:

@@ -260,14 +260,13 @@ def test_a_noisy_machine_is_measured_again(
     bench: Any = SimpleNamespace(site_classes=classes, space=space, settings=settings, predictor=None)
     rng, calls = np.random.default_rng(0), list[int]()
 
-    def passes_of(_: Any, configs: list[SkipConfig]) -> Iterator[list[Any]]:
+    def passes_of(_: Any, configs: list[SkipConfig]) -> Iterator[tuple[list[Any], bool]]:
         while True:
             calls.append(len(configs))
             ratios = [made_up(config) * float(np.exp(rng.normal(0, noise))) for config in configs]
-            yield [SimpleNamespace(ratio=SimpleNamespace(estimate=ratio), error=noise) for ratio in ratios]
+            yield [SimpleNamespace(ratio=SimpleNamespace(estimate=ratio), error=noise) for ratio in ratios], from_one
 
     monkeypatch.setattr(prediction, "_passes", passes_of)
-    monkeypatch.setattr(prediction, "_is_the_original", lambda *_: from_one)
     fitted = prediction.predictor_stage(bench, StageFolder(tmp_path))
     assert calls == [9] * passes
     assert len(fitted.errors) == (9 + from_one) * passes  # each pass has timed the original, too

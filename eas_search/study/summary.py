@@ -51,9 +51,9 @@ class Outcome:
 
 
 def hand_over(outcome: Outcome, display: Display, timed: Timed) -> dict[str, Any]:
-    """Choose, write every file and export; the table of the finals then has its choice marked.
+    """Choose, export and write every file; the table of the finals then has its choice marked.
 
-    The export comes last: whatever it fails on, the figures are there.
+    Whatever the export fails on, the figures are written.
 
     Returns:
         The content of `summary.json`.
@@ -73,15 +73,17 @@ def hand_over(outcome: Outcome, display: Display, timed: Timed) -> dict[str, Any
     outputs.write_text(folder / "pareto.json", outputs.to_json(front.to_dict("records")))
     row = {str(key): value for key, value in front[front["chosen"]].iloc[0].items()}
     outputs.write_text(folder / "best.json", outputs.to_json(row))
-    write_findings(outcome, trials)
     finalist = next(f for f in finals.finalists if f.number == row["number"])
     kind, why_not_eas = outputs.possible_format(finalist.student)
     if why_not_eas is not None:
         display.note(f"Export in the format {kind}: eas is impossible, {why_not_eas}")
     display.stage("Export: merged model, reloaded and compared with the trained one")
-    with timed("export"):
-        outputs.write_export(bench, finalist, row, baseline, folder / "export", kind)
-    return write_findings(outcome, trials)  # once more, with the seconds of the export
+    try:
+        with timed("export"):
+            outputs.write_export(bench, finalist, row, baseline, folder / "export", kind)
+    finally:
+        summary = write_findings(outcome, trials)  # also says how long the export took
+    return summary
 
 
 def write_findings(outcome: Outcome, trials: pd.DataFrame) -> dict[str, Any]:
