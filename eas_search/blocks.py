@@ -28,9 +28,13 @@ class StudentBlock(StudentPart):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """hidden_states [B, n, d] → [B, n, d]; masks, positions and the cache of the attention are not needed."""
-        form = self.eas_form
+        form, site, context = self.eas_form, self.eas_site, self.eas_context
         x = form.first(args, kwargs)
-        y = self.transform(x, self.eas_context.session(self.eas_site.layer, x))
+        asked = context.now.asked
+        if asked is None or site.layer < asked.since:
+            y = self.transform(x, context.session(site.layer, x))
+        else:
+            y = asked.update(x, lambda tokens: self.transform(tokens, PoolSession("none")))
         self.advance(x)
         return form.pack(y, args, kwargs)
 
@@ -96,6 +100,17 @@ class SupernetBlock(SkippedBlock):
             refuse_decoding(self.eas_context)
             return super().forward(*args, **kwargs)
         return super(StudentPart, self).forward(*args, **kwargs)
+
+
+def computes_alone(block: nn.Module) -> bool:
+    """Whether what a block makes of a token depends on that token alone: nothing attends, and nothing is pooled.
+
+    Only an FFN that is understood is known not to mix tokens.
+    """
+    if not isinstance(block, StudentBlock) or not getattr(block, "skipping", True):
+        return False
+    config: Any = block.eas_config
+    return block.eas_site.causal and (block.eas_context.pooling == "none" or config.pia_dim == 0)
 
 
 def skip_site(

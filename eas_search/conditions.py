@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from eas_search.asked import only_labelled
 from eas_search.models.calling import without_cache
 from eas_search.names import MixedPrecision
 
@@ -33,16 +34,20 @@ class Conditions:
         bf16: whether matrix products are computed in bfloat16 (autocast). Weights, adapters and their gradients, norms
             and losses stay in the precision that they have.
         plain_attention: whether training computes attention step by step instead of fused, see `SHORT`.
+        labelled: whether a pass that is given labels need only compute the logits that predict them, see `asked`.
     """
 
     guard: Guard = nullcontext
     bf16: bool = False
     plain_attention: bool = False
+    labelled: bool = False
 
     @contextmanager
     def forward(self, model: nn.Module) -> Iterator[None]:
         """Around the forward passes of a model; the backward passes come behind it."""
         with ExitStack() as stack:
+            if self.labelled:
+                stack.enter_context(only_labelled())
             if self.bf16:
                 stack.enter_context(torch.autocast(device_of(model).type, dtype=torch.bfloat16))
                 # As accelerate does it: losses and scores, also those that users write, are not of half precision.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from eas_search.asked import Asked
 from eas_search.cache import SiteStates, SkippedCacheLayer
 from eas_search.masks import visible_tokens
 from eas_search.pooling import PoolSession
@@ -25,7 +26,7 @@ from eas_search.skip_config import Pooling
 
 _OWNERS = itertools.count()
 
-_Tokens = tuple[Tensor | None, Tensor | None, dict[str, Tensor], bool, tuple[int, ...] | None, str]
+_Tokens = tuple[Tensor | None, Tensor | None, dict[str, Tensor], bool, tuple[int, ...] | None, str, Asked | None]
 
 
 class Pass(threading.local):
@@ -41,6 +42,8 @@ class Pass(threading.local):
         shape: (B, n) of the tokens.
         refusal: see `PoolSession`.
         cache: KV cache, if the pass uses one.
+        asked: which tokens the blocks at the end of the stack compute; None: all.
+        wish: what the whole model was asked for, see `asked_of`, until the stack is entered.
         prompt_mask: [B, n] as noted from `prompt_mask=` or `labels=`, until the stack is entered.
         given_mask: [B, n] attention mask that the whole model was called with, until the stack is entered. A tower
             whose blocks are run from outside their stack is never entered; then this is the mask.
@@ -53,6 +56,8 @@ class Pass(threading.local):
     shape: tuple[int, ...] | None = None
     refusal: str = ""
     cache: Cache | None = None
+    asked: Asked | None = None
+    wish: int | Tensor | None = None
     prompt_mask: Tensor | None = None
     given_mask: Tensor | None = None
     width: int | None = None
@@ -63,17 +68,17 @@ class Pass(threading.local):
 
     def begin(self, entered: bool) -> None:
         """Forget the tokens of the last pass, of which an interrupt may have left more than a mask."""
-        self.tokens = None, None, {}, entered, None, ""
+        self.tokens = None, None, {}, entered, None, "", None
         self.cache = None
 
     @property
     def tokens(self) -> _Tokens:
         """What sessions read, for a block that is computed again."""
-        return self.mask, self.given_mask, self.scratch, self.entered, self.shape, self.refusal
+        return self.mask, self.given_mask, self.scratch, self.entered, self.shape, self.refusal, self.asked
 
     @tokens.setter
     def tokens(self, tokens: _Tokens) -> None:
-        self.mask, self.given_mask, self.scratch, self.entered, self.shape, self.refusal = tokens
+        self.mask, self.given_mask, self.scratch, self.entered, self.shape, self.refusal, self.asked = tokens
 
 
 @dataclass(eq=False)
@@ -164,7 +169,7 @@ class TokenContext:
         now = self.now
         now.prompt_length, before = prompt_length, now.prompt_length
         # A part of a model that decodes by itself would take what an interrupted pass of the whole one has noted.
-        now.prompt_mask = now.given_mask = now.width = None
+        now.prompt_mask = now.given_mask = now.width = now.wish = None
         try:
             yield
         finally:

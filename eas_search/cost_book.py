@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from eas_search.asked import first_local
+from eas_search.blocks import computes_alone
 from eas_search.measures import kv_bytes_by_slot, parameter_count, per_token, prefill
 
 _BLOCK = re.compile(r"([^\d.][^.]*\.)*\d+")  # an element of a list that lies in no other list
@@ -42,8 +44,10 @@ class CostBook:
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items())
         modules = dict(student.named_modules())
         blocks = {path: module for path, module in modules.items() if _BLOCK.fullmatch(path)}
+        alone = _local(modules, blocks)
         keys: dict[str, object] = {
-            path: (shapes, path.rpartition(".")[0], structure(block.named_modules())) for path, block in blocks.items()
+            path: (shapes, path.rpartition(".")[0], path in alone, structure(block.named_modules()))
+            for path, block in blocks.items()
         }
         keys[""] = (shapes, tuple(blocks), structure(item for item in modules.items() if not _IN_BLOCK.match(item[0])))
         if not all(key in self._known for key in keys.values()):
@@ -54,6 +58,16 @@ class CostBook:
                 return _total(found.values(), inputs)
             self._known.update((key, found[path]) for path, key in keys.items())
         return _total((self._known[key] for key in keys.values()), inputs)
+
+
+def _local(modules: Mapping[str, nn.Module], blocks: Iterable[str]) -> set[str]:
+    """Paths of the blocks that a prefill runs for its last token alone, see `asked`."""
+    found = set[str]()
+    for path in {path.rpartition(".")[0] for path in blocks}:
+        first = first_local(modules[path], computes_alone)
+        names = [name for name, _ in modules[path].named_children()]
+        found |= {f"{path}.{name}" for name in names[len(names) if first is None else first :]}
+    return found
 
 
 def _total(costs: Iterable[Costs], inputs: Mapping[str, Tensor]) -> dict[str, int]:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from eas_search.architectures.surroundings import TOKENS
+from eas_search.asked import Asked, asked_of, first_local, places
+from eas_search.blocks import computes_alone
 from eas_search.cache import prepare_cache
 from eas_search.context import TokenContext, remember_passes
 from eas_search.exceptions import ConfigError
@@ -50,6 +52,7 @@ class NotePrompt:
             given = question_mask(labels) if shape is None or shape == labels.shape else None
         now.begin(entered=False)
         now.prompt_mask, now.width = given, None if shape is None else shape[1]
+        now.wish = asked_of(module, named) if context.causal else None
         behind_encoder = context.causal and "decoder_attention_mask" in names
         mask = named.get("decoder_attention_mask" if behind_encoder else "attention_mask")
         others = self.tower == "vision" or (self.tower == "audio" and "input_ids" in names)
@@ -60,14 +63,28 @@ class NotePrompt:
 
 
 @dataclass
+class ForgetWish:
+    """Forward hook of the whole model: what it was asked for is not what its stack is asked for alone, later."""
+
+    context: TokenContext
+
+    @torch.compiler.disable  # it would not see that every thread has a pass of its own
+    def __call__(self, module: nn.Module, args: tuple, output: object) -> None:
+        """Called with the model's output, or behind an error before its stack was entered."""
+        self.context.now.wish = None
+
+
+@dataclass
 class EnterStack:
     """Forward pre-hook of the stack: settles the mask of the pass and prepares its cache.
 
-    `cross` is the context of the stack's cross-attentions, which pool over the encoder's tokens.
+    `cross` is the context of the stack's cross-attentions, which pool over the encoder's tokens; `blocks` is the name
+    of the stack's list of blocks.
     """
 
     context: TokenContext
     cross: TokenContext | None = None
+    blocks: str = "layers"
 
     @torch.compiler.disable  # it would not see that every thread has a pass of its own
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -77,12 +94,13 @@ class EnterStack:
         named = {**call.pop("kwargs", {}), **call}
         now = self.context.now
         tokens = next((named[name] for name in TOKENS if named.get(name) is not None), None)
-        given = now.given_mask
+        given, wish = now.given_mask, now.wish
         now.begin(entered=True)
         if tokens is not None and tokens.dim() <= 3:
             now.shape = tuple(tokens.shape[:2])
             now.mask = self._mask(tokens, named, given)
-        now.prompt_mask = now.width = None
+            now.asked = None if wish is None else self._asked(module, tokens, wish)
+        now.prompt_mask = now.width = now.wish = None
         if self.cross is not None:
             mask = named.get("encoder_attention_mask")
             self.cross.now.begin(entered=True)
@@ -128,6 +146,11 @@ class EnterStack:
             mask = prompt if mask is None else mask & prompt
         return mask
 
+    def _asked(self, module: nn.Module, tokens: Tensor, wish: int | Tensor) -> Asked | None:
+        since = first_local(module.get_submodule(self.blocks), computes_alone)
+        index = None if since is None else places(wish, (tokens.shape[0], tokens.shape[1]), tokens.device)
+        return None if since is None or index is None else Asked(index, since)
+
     def _cache(self, module: nn.Module, named: dict[str, Any]) -> Cache | None:
         cache, wanted = named.get("past_key_values"), named.get("use_cache")
         config: Any = module.config
@@ -162,6 +185,6 @@ class LeaveStack:
     @torch.compiler.disable  # it would not see that every thread has a pass of its own
     def __call__(self, module: nn.Module, args: tuple, output: object) -> None:
         """Called with the stack's output."""
-        self.context.now.cache, self.context.now.entered = None, False
+        self.context.now.cache, self.context.now.entered, self.context.now.asked = None, False, None
         if self.cross is not None:
             self.cross.now.entered = False

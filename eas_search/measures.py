@@ -11,7 +11,7 @@ from scipy.stats import binomtest, t
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from eas_search.models.calling import without_cache
+from eas_search.models.calling import last_logits, without_cache
 
 
 def accuracy_interval(scores: Tensor, confidence: float = 0.95) -> tuple[float, float, float]:
@@ -53,8 +53,8 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def prefill(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
-    """The model's output for `inputs`, with a KV cache where it has one."""
-    return model(**inputs, **dict.fromkeys(without_cache(model), True))
+    """The model's output for `inputs`, with a KV cache where it has one, and as in generation the last logits alone."""
+    return model(**inputs, **dict.fromkeys(without_cache(model), True), **last_logits(model))
 
 
 def kv_bytes_by_slot(output: Any) -> list[int]:

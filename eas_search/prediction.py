@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -16,11 +15,10 @@ from torch import nn
 from eas_search.latency import PhaseLatency, measure_latency
 from eas_search.latency.predictor import (
     LatencyPredictor,
-    Row,
     fit_predictor,
     independent_terms,
-    terms_of,
 )
+from eas_search.latency.terms import Row, SiteClasses, terms_of
 from eas_search.merging import merge
 from eas_search.search_space import SearchSpace
 from eas_search.skip_config import SkipConfig
@@ -29,23 +27,23 @@ from eas_search.workbench import Workbench
 
 TOGETHER_BYTES = 2**30  # models that hold more in all are timed one after the other, each against the original
 PRECISE = 0.03  # standard error of predictions at which no further pass is measured
-SPARE = 3  # measured configurations beyond the number of terms, which say how good the fit is
+SPARE = 2  # measured configurations beyond the number of terms, which say how good the fit is
 
 
-def measured_configs(space: SearchSpace, classes: Mapping[int, str]) -> list[SkipConfig]:
+def measured_configs(space: SearchSpace, classes: SiteClasses) -> list[SkipConfig]:
     """What a predictor for `space` is fitted to.
 
     Nothing skipped; per class and placement a third of its sites and all of them with the smallest rank, two thirds and
     all of them with the largest; everything at once where there are several classes. Rank 0, plain deletion, is a form
-    of its own. Where that is too little to say how good the fit is, each is measured more often.
+    of its own. Where latency also depends on which sites they are, one of the parts is spread over the class and the
+    other is the end of its stack; if that is so of one form alone, both are measured both ways. Where all that is too
+    little to say how good the fit is, each is measured more often.
 
     Args:
         space: the search space.
         classes: of its sites, by index.
     """
-    members: dict[str, list[int]] = defaultdict(list)
-    for site in space.sites:
-        members[classes[site.index]].append(site.index)
+    members = classes.members()
     every, dims = space.config(()), space.choices.pia_dims
     ranks = sorted(range(len(dims)), key=lambda position: dims[position])
     kept = [position for position in ranks if dims[position]]
@@ -53,11 +51,19 @@ def measured_configs(space: SearchSpace, classes: Mapping[int, str]) -> list[Ski
     forms += [(ranks[0], ranks[0], 0)] if dims[ranks[0]] == 0 else []
     found = [every]
     for own in members.values():
-        for smallest, largest, place in forms:
+        end = next((end for end in classes.ends if own[-1] in end), ())
+        # Forms whose latency depends on whether sites are the last ones.
+        local = [f for f in forms if end and (space.student.pooling == "none" or dims[f[0]] == 0)]
+        for form in forms:
+            smallest, largest, place = form
             for dim, share in ((smallest, 1 / 3), (smallest, 1.0), (largest, 2 / 3), (largest, 1.0)):
                 count = math.ceil(share * len(own))
                 spread = [own[i * len(own) // count] for i in range(count)]
-                found.append(space.config(spread, dim, place))
+                last = form in local and (local == [form] or (share > 1 / 2) == (local.index(form) % 2 == 0))
+                if not last or local == [form]:
+                    found.append(space.config(spread, dim, place))
+                if last:
+                    found.append(space.config(end[: math.ceil(share * len(end))], dim, place))
     if len(members) > 1:
         found.append(space.config([site.index for site in space.sites]))
     found = list(dict.fromkeys(found))

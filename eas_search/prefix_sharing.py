@@ -158,7 +158,7 @@ class _StackPass:
             self.prefixes.append(_digest(self.prefixes[-1], state))
             self.kept.append(all(recurring[: i + 1]))
         self.entered: bytes | None = None
-        self.start, self.stream = 0, torch.empty(0)
+        self.start, self.stream, self.whole_until = 0, torch.empty(0), len(self.blocks)
         # Behind the student's own hook, which settles the masks of the pass.
         self.handle = stack.register_forward_pre_hook(self._enter, with_kwargs=True)
         self.before = [block.__dict__.get("forward") for block in self.blocks]
@@ -175,6 +175,9 @@ class _StackPass:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.entered, self.start = None, 0
+        # Behind blocks that compute only some tokens the stream is not what another student would go on from.
+        firsts = [context.now.asked.since for context in self.contexts.values() if context.now.asked is not None]
+        self.whole_until = min(firsts, default=len(self.blocks))
         if torch.is_grad_enabled() or module.training or not any(self.kept):
             return
         content = _content([args, kwargs, [context.mask for context in self.contexts.values()], _precision()])
@@ -195,7 +198,7 @@ class _StackPass:
             self.cache.reused += 1
             return self.stream.clone() if i == 0 else form.first(args, kwargs)
         self.cache.computed += 1
-        if i > self.start and self.kept[i]:
+        if self.start < i <= self.whole_until and self.kept[i]:
             self.cache.put((self.entered, self.prefixes[i]), form.first(args, kwargs))
         return forward(*args, **kwargs)
 

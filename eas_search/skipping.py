@@ -23,7 +23,7 @@ from eas_search.copying import copy_modules
 from eas_search.dispatch import change_class
 from eas_search.exceptions import ConfigError
 from eas_search.head import own_head
-from eas_search.hooks import EnterStack, LeaveStack, NotePrompt
+from eas_search.hooks import EnterStack, ForgetWish, LeaveStack, NotePrompt
 from eas_search.lora import attach_lora
 from eas_search.parts import adapt_attention
 from eas_search.skip_config import Pooling, SkipConfig
@@ -214,9 +214,12 @@ def _build_stack(
             skip_site(student, site, config, context, supernet)
     own_context, cross = contexts.get("self") or TokenContext(pooling="none"), contexts.get("cross")
     student.register_forward_pre_hook(NotePrompt(own_context, members[0].tower), with_kwargs=True)
+    if causal:
+        student.register_forward_hook(ForgetWish(own_context), always_call=True)
     if not hooked:
         return
-    module.register_forward_pre_hook(EnterStack(own_context, cross), with_kwargs=True)
+    blocks = members[0].block.rpartition(".")[0].removeprefix(stack).lstrip(".")
+    module.register_forward_pre_hook(EnterStack(own_context, cross, blocks), with_kwargs=True)
     module.register_forward_hook(LeaveStack(own_context, cross), always_call=True)
     path = stack.split(".") if stack else []
     # A model of several towers often leaves the decoding to a part of it, which alone sees the whole prompt.

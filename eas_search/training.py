@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -151,6 +152,7 @@ def sample_scores(
     samples, fewer where texts are long or the vocabulary is large.
     """
     batch_size = batch_size or _scored_at_once(model, split.tokens)
+    conditions = replace(conditions, labelled=conditions.labelled and split.scoring.labelled)
     model.eval()
     scores = []
     with reusing(model, prefixes=True):

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from eas_search.architectures import AttentionSite, attention_sites, prove_sites
+from eas_search.asked_proof import labels_suffice, prove_last_logits
 from eas_search.conditions import AS_IT_IS, Conditions, computes_in_bf16, device_of, plain_is_faster
 from eas_search.cost_book import CostBook
 from eas_search.exceptions import ConfigError, UnsupportedModelError
 from eas_search.kept_adapters import KeptAdapters
 from eas_search.latency import QuietLock
-from eas_search.latency.predictor import LatencyPredictor, site_classes, terms_of
+from eas_search.latency.predictor import LatencyPredictor
+from eas_search.latency.terms import SiteClasses, site_classes, terms_of
 from eas_search.models.loading import load_config, load_model, model_location
 from eas_search.models.options import LoadOptions
 from eas_search.origin import bind_contents
@@ -107,9 +109,15 @@ class Workbench:
         changed = [apply_skips(model, space.config(skip)) for skip in ((), [site.index for site in space.sites])]
         limits_of_caches = (settings.caches.features, settings.caches.prefixes)
         attach_caches(model, changed, every, probe, limits_of_caches, tolerance=1e-5 if single else 5e-2)
+        prove_last_logits(changed[1], probe, tolerance=1e-4 if single else 5e-2)
         kept = KeptAdapters(folder and folder / "stages" / "trials", settings.caches.adapters)
         quiet = QuietLock(lock)
-        conditions = Conditions(quiet.shared, in_bf16(settings, model, folder), plain_is_faster(model, probe))
+        conditions = Conditions(
+            quiet.shared,
+            in_bf16(settings, model, folder),
+            plain_is_faster(model, probe),
+            labels_suffice(changed[1], probe, tolerance=1e-4 if single else 5e-2),
+        )
         return cls(
             settings, task, model, processor, every, space, splits, quiet, refused, kept=kept, conditions=conditions
         )
@@ -135,8 +143,8 @@ class Workbench:
         return on_device(prompts, self.model)
 
     @cached_property
-    def site_classes(self) -> dict[int, str]:
-        """Sites whose attentions cost the same, see `latency.predictor.site_classes`."""
+    def site_classes(self) -> SiteClasses:
+        """Sites whose attentions cost the same, see `latency.terms`."""
         return site_classes(self.model, self.sites)
 
     def predicted_latency(self, config: SkipConfig) -> tuple[float, float, float]:
@@ -201,8 +209,7 @@ def searched_space(settings: SearchSettings, task: Task, every: Sequence[Attenti
         raise ConfigError(f"space.towers is {list(towers)}, but the model only has {has}; choose one of these")
     whole = all(set(site.placements) >= {"parallel", "ffn"} for site in sites) and settings.quantization is None
     placements = wishes.placements or (("parallel", "ffn") if whole else ("residual",))
-    # Classification pools over all tokens; a decoder must not look ahead, and all it is shown is a prompt.
-    usual = "prompt" if task.pooling == "all" and any(site.causal for site in every) else task.pooling
+    usual = "none" if any(site.causal for site in every) else task.pooling
     student = settings.student.model_dump() | {"pooling": settings.student.pooling or usual}
     if student["adapter_towers"] is None and ("text" not in has or towers == ("fusion",)):
         # The adapter-only baseline would otherwise train nothing but the head, or adapters elsewhere.

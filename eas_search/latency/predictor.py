@@ -1,12 +1,14 @@
 """`LatencyPredictor`: the time of any skip configuration from a few that were measured.
 
-Attentions of one class (see `site_classes`) cost the same wherever they sit, so that a prefill takes
+Attentions of one class (see `terms`) cost the same, so that a prefill takes
 
-    t(k) / t_baseline = base + sum over classes c and forms f of k_cf (δ_cf + ε_cf · rank) + sum over c of ζ_c k_c²
+    t / t_baseline = base + sum over classes c of (ζ_c k_c² - λ_c m_c + sum over forms f of k_cf (δ_cf + ε_cf · rank))
 
 with k_cf sites of class c skipped in form f (a placement, or plain deletion), δ what one of them saves less what its
-PIA costs, ε the PIA's cost per rank, and ζ the little by which caches and what is done once per pass bend the line. It
-is the law S(k) = 1 / (1 - a k/L) of whole-sublayer deletion with the stand-ins' cost added.
+PIA costs, ε the PIA's cost per rank, and ζ the little by which caches and what is done once per pass bend the line. Of
+the sites, m_c stand at the end of a stack with no attention behind them (`terms`): λ is the FFN of one of these for the
+tokens that nobody asks for. Without that, it is the law S(k) = 1 / (1 - a k/L) of whole-sublayer deletion with the
+stand-ins' cost added.
 
 Folded stand-ins cost little, so that forms differ little, and ε and ζ are small: a priori each of these makes a normal
 difference with standard deviation `SMALL` where it is largest. With as few measurements as are affordable least squares
@@ -19,7 +21,6 @@ original. Its ratio, `base`, is known to be 1 then; whatever the fit makes of it
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,50 +28,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
-from torch import nn
 
-from eas_search.architectures import AttentionSite
 from eas_search.exceptions import EasSearchError
 from eas_search.latency.statistics import process_deviation
-from eas_search.skip_config import SkipConfig
+from eas_search.latency.terms import BASE, LAST, RANK, SQUARED, Row
 
-Row = dict[str, float]
 Matrix = NDArray[np.float64]
 SMALL = 0.03  # of the original model's time
-BASE = "base"
-
-
-def site_classes(model: nn.Module, sites: Sequence[AttentionSite]) -> dict[int, str]:
-    """Name of its class by index of a site: same stack, kind of attention, shapes of the block, and window."""
-    named: dict[tuple[Any, ...], str] = {}
-    classes = {}
-    for site in sites:
-        shapes = tuple((name, tuple(p.shape)) for name, p in model.get_submodule(site.block).named_parameters())
-        window = getattr(model.get_submodule(site.name), "sliding_window", None)
-        key = (site.stack, site.pattern.name, site.kind, shapes, window)
-        if key not in named:
-            name = f"{site.tower} {site.kind}"
-            alike = sum(known.startswith(name) for known in named.values())
-            named[key] = f"{name} {alike + 1}" if alike else name
-        classes[site.index] = named[key]
-    return classes
-
-
-def terms_of(config: SkipConfig, classes: Mapping[int, str]) -> Row:
-    """A configuration as one row of the model above: how often each of its terms occurs."""
-    form = config.placement if config.pia_dim else "deleted"
-    row = {BASE: 1.0}
-    for name, count in Counter(classes[int(index)] for index in config.skip).items():
-        row[f"{name}, {form}"] = float(count)
-        row[f"{name}, {form}, rank"] = float(count * config.pia_dim)
-        row[f"{name}, squared"] = float(count**2)
-    return row
 
 
 def independent_terms(rows: Sequence[Row]) -> list[str]:
     """The terms that `rows` tell apart; one that always goes with others, like the only rank there is, is left out."""
     kept: list[str] = []
-    for term in sorted({term for row in rows for term in row}, key=lambda term: (term.count(","), "squared" in term)):
+    for term in sorted(
+        {term for row in rows for term in row}, key=lambda term: (term.count(","), term.endswith(SQUARED))
+    ):
         if np.linalg.matrix_rank(_scaled(rows, [*kept, term])[0]) > len(kept):
             kept.append(term)
     return kept
@@ -234,10 +206,10 @@ def fit_predictor(
 
 def _small_differences(terms: Sequence[str], scale: Matrix) -> Matrix:
     """[differences, terms] for scaled coefficients: ranks, squares, and forms against the first one of their class."""
-    rows = [np.eye(len(terms))[i] for i, term in enumerate(terms) if term.endswith((", rank", ", squared"))]
+    rows = [np.eye(len(terms))[i] for i, term in enumerate(terms) if term.endswith((RANK, SQUARED))]
     first: dict[str, int] = {}
     for i, term in enumerate(terms):
-        if term.count(",") != 1 or term.endswith(", squared"):
+        if term.count(",") != 1 or term.endswith((SQUARED, LAST)):
             continue
         j = first.setdefault(term.partition(",")[0], i)
         if j != i:

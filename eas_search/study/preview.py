@@ -58,22 +58,15 @@ def _describe(task: Task, processor: Any, sample: Mapping[str, Tensor], pooling:
     masks = sample["attention_mask"].reshape(texts.shape).bool()
     for ids, mask in zip(texts, masks, strict=True):
         labelled = labels != IGNORED if labels.dim() == 1 else torch.zeros_like(mask)
-        pooled = _may_be_pooled(mask, labelled, pooling)
+        pooled = mask & (labelled.cumsum(dim=0) == 0) if pooling == "prompt" else mask
         if pooling != "prefix":
             yield f"prompt: {_text(tokenizer, ids[mask & ~labelled])}"
         if labelled.any():
             yield f"labels: {_text(tokenizer, ids[labelled])}"
+        if pooling == "none":
+            continue
         what = "each token sees those up to itself" if pooling == "prefix" else _text(tokenizer, ids[pooled])
         yield f"pooled: {int(pooled.sum())} of {int(mask.sum())} tokens: {what}"
-
-
-def _may_be_pooled(mask: Tensor, labelled: Tensor, pooling: Pooling) -> Tensor:
-    """Which tokens [n] may enter a mean: real ones, and under `prompt` only those before the first label."""
-    if pooling == "none":
-        return torch.zeros_like(mask)
-    if pooling == "prompt":
-        return mask & (labelled.cumsum(dim=0) == 0)
-    return mask
 
 
 def _text(tokenizer: Any, ids: Tensor) -> str:

@@ -64,7 +64,8 @@ class Task(ABC):
         head: what the model must end in.
         num_images: pictures per example, for models that are built for one number of them.
         metric: name of the score in tables; every sample's score is from 0 to 1, higher is better.
-        pooling: over which tokens PIAs pool unless the user says otherwise. It must never reach an answer.
+        pooling: over which tokens the PIAs of an encoder pool unless the user says otherwise. Those of a decoder do
+            not: training makes up for it, and a mean over the prompt would need every token of it to the end (`asked`).
         Options: model of the task's options.
         data: file, folder or hub id that the user gave; a task that carries its own data refuses one.
         notes: one sentence each on what a reader of the figures must know about the data.
@@ -74,7 +75,7 @@ class Task(ABC):
     head: ClassVar[Head] = "generation"
     num_images: ClassVar[int] = 1
     metric: ClassVar[str] = "exact match"
-    pooling: ClassVar[Pooling] = "prompt"
+    pooling: ClassVar[Pooling] = "none"
     Options: ClassVar[type[TaskOptions]] = TaskOptions
 
     def __init__(self, data: Path | None = None, options: Mapping[str, Any] | None = None) -> None:

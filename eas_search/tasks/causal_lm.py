@@ -16,7 +16,6 @@ from pydantic import Field
 
 from eas_search.exceptions import TaskDataError
 from eas_search.models.options import Head
-from eas_search.skip_config import Pooling
 from eas_search.tasks.base import Example, Split, TaskOptions, require_examples
 from eas_search.tasks.order import in_runs
 from eas_search.tasks.sources import FileTask, column, read_rows
@@ -48,7 +47,6 @@ class CausalLm(FileTask):
     name: ClassVar[str] = "causal-lm"
     head: ClassVar[Head] = "causal-lm"
     metric: ClassVar[str] = "token likelihood"
-    pooling: ClassVar[Pooling] = "prefix"
     Options: ClassVar[type[TaskOptions]] = CausalLmOptions
     layout: ClassVar[str] = (
         "a text file, a table (jsonl, json, csv or parquet) with column text, a folder with one per split, or a hub id"

@@ -63,12 +63,14 @@ class Scoring:
             wrong, else floating point from 0 to 1.
         report: further figures by name, from all samples and their scores [N].
         answers_follow: whether the labelled tokens are an answer that follows the prompt, so that prompts end there.
+        labelled: whether it looks at no logits but those that predict a label, so that others need not be computed.
     """
 
     metric: str
     score: Callable[[nn.Module, Batch, Batch], Tensor]
     report: Callable[[Scored, Tensor], dict[str, float]] = by_group
     answers_follow: bool = False
+    labelled: bool = False
 
 
 def logits_of(model: nn.Module, inputs: Batch) -> Tensor:
@@ -89,6 +91,7 @@ EXACT_MATCH = Scoring(
     "exact match",
     lambda model, inputs, extras: exact_match(logits_of(model, inputs), inputs["labels"]),
     answers_follow=True,
+    labelled=True,
 )
 CLASS_MATCH = Scoring(
     "accuracy",
@@ -102,6 +105,7 @@ TOKEN_LIKELIHOOD = Scoring(
     "token likelihood",
     lambda model, inputs, extras: token_likelihood(logits_of(model, inputs), inputs["labels"]),
     perplexity,
+    labelled=True,
 )
 
 
@@ -117,7 +121,7 @@ def choice_or_text(
         chosen = choice_match(logits, position.clamp(min=1), extras["candidates"], extras["choice"])
         return torch.where(position > 0, chosen, text)
 
-    return Scoring(metric, score, report, answers_follow=True)
+    return Scoring(metric, score, report, answers_follow=True, labelled=True)
 
 
 def generated(
@@ -185,4 +189,4 @@ def likeliest(metric: str) -> Scoring:
         total = torch.stack(sums, dim=1)
         return (total.argmax(dim=1) == extras["choice"]) & ~total.isnan().any(dim=1)
 
-    return Scoring(metric, score, answers_follow=True)
+    return Scoring(metric, score, answers_follow=True, labelled=True)

@@ -78,7 +78,7 @@ class Slake(Vqa):
             ]
             return torch.tensor(values, dtype=torch.float64)
 
-        return Scoring(self.metric, score, answers_follow=True)
+        return Scoring(self.metric, score, answers_follow=True, labelled=True)
 
     def extras(
         self, tokenizer: Any, examples: Sequence[Example], texts: Sequence[str], tensors: dict[str, Tensor]

@@ -1,0 +1,106 @@
+"""Behind the last attention a token is computed only where its logits are asked for.
+
+What a block without attention makes of a token depends on that token alone, unless its PIA pools. Behind the last
+attention that is computed, the other tokens of a prompt therefore reach nothing but their own logits. `generate` asks
+for those of the last token (`logits_to_keep=1`), a loss for those in front of a label: blocks at the end of a stack
+whose attentions are skipped then cost next to nothing in prefill and training, their FFNs included. The tokens that
+are computed come out the same, up to the rounding of products of other shapes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eas_search.masks import IGNORED_LABEL
+
+# With any of these a caller sees what all tokens are inside.
+_OUTPUTS = ("output_hidden_states", "output_router_logits")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which tokens the end of a stack computes.
+
+    Attributes:
+        index: [T], their places among the B · n tokens of the pass.
+        since: position of the first block that computes no others.
+    """
+
+    index: Tensor
+    since: int
+
+    def update(self, x: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
+        """x [B, n, d] with what `block` makes of the tokens asked for, [1, T, d], in their place."""
+        rows, index = x.flatten(0, 1), self.index.to(x.device)
+        return rows.index_copy(0, index, block(rows[index].unsqueeze(0)).squeeze(0).to(x.dtype)).view_as(x)
+
+
+class _Wish(threading.local):
+    only_labelled = False
+
+
+_WISH = _Wish()
+
+
+@contextmanager
+def only_labelled() -> Iterator[None]:
+    """While active, a pass that is given labels need only compute the logits that predict them."""
+    before, _WISH.only_labelled = _WISH.only_labelled, True
+    try:
+        yield
+    finally:
+        _WISH.only_labelled = before
+
+
+def asked_of(model: Any, named: Mapping[str, Any]) -> int | Tensor | None:
+    """What a call of the whole model asks for: the number of last tokens, or labels [B, n]; None: all tokens.
+
+    Args:
+        model: which is called.
+        named: its arguments by name.
+    """
+    config = getattr(model, "config", None)
+    if any(named.get(name) or (named.get(name) is None and getattr(config, name, False)) for name in _OUTPUTS):
+        return None
+    kept, labels = named.get("logits_to_keep"), named.get("labels")
+    if isinstance(kept, int) and kept > 0:
+        return kept
+    if getattr(config, "is_encoder_decoder", False):  # what its labels stand beside are other tokens
+        return None
+    return labels if _WISH.only_labelled and isinstance(labels, Tensor) and labels.dim() == 2 else None
+
+
+def places(asked: int | Tensor, shape: tuple[int, int], device: torch.device) -> Tensor | None:
+    """[T], the places of the tokens asked for among B · n; None: all of them, or nobody knows.
+
+    Args:
+        asked: see `asked_of`. The logits of a token predict the label behind it.
+        shape: (B, n).
+        device: of the tokens.
+    """
+    rows, n = shape
+    if isinstance(asked, int):
+        if asked >= n:
+            return None
+        return torch.arange(rows * n, device=device).view(rows, n)[:, n - asked :].flatten()
+    if tuple(asked.shape) != (rows, n):
+        return None
+    return F.pad(asked[:, 1:] != IGNORED_LABEL, (0, 1)).flatten().nonzero().flatten().to(device)
+
+
+def first_local(blocks: nn.Module, local: Callable[[nn.Module], bool]) -> int | None:
+    """Position in a list of blocks from which on all are `local`; None: the last one is not."""
+    first = None
+    for position, block in reversed(list(enumerate(blocks.children()))):
+        if not local(block):
+            break
+        first = position
+    return first
