@@ -96,11 +96,14 @@ def places(asked: int | Tensor, shape: tuple[int, int], device: torch.device) ->
     return F.pad(asked[:, 1:] != IGNORED_LABEL, (0, 1)).flatten().nonzero().flatten().to(device)
 
 
-def first_local(blocks: nn.Module, local: Callable[[nn.Module], bool]) -> int | None:
-    """Position in a list of blocks from which on all are `local`; None: the last one is not."""
+def first_alone(blocks: nn.Module) -> int | None:
+    """Position in a list of blocks from which on all compute every token by itself; None: the last one does not.
+
+    Blocks of a student know that of themselves. Of others nothing is known, nor of an FFN that is not understood.
+    """
     first = None
     for position, block in reversed(list(enumerate(blocks.children()))):
-        if not local(block):
+        if not getattr(block, "computes_alone", False):
             break
         first = position
     return first

@@ -26,6 +26,12 @@ class StudentBlock(StudentPart):
         """The block's function on the residual stream x [B, n, d]."""
         raise AssertionError("a student block is either skipped or merged")
 
+    @property
+    def computes_alone(self) -> bool:
+        """Whether what it makes of a token depends on that token alone: nothing attends, and nothing is pooled."""
+        config: Any = self.eas_config
+        return self.eas_site.causal and (self.eas_context.pooling == "none" or config.pia_dim == 0)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """hidden_states [B, n, d] → [B, n, d]; masks, positions and the cache of the attention are not needed."""
         form, site, context = self.eas_form, self.eas_site, self.eas_context
@@ -94,23 +100,17 @@ class SupernetBlock(SkippedBlock):
 
     skipping: bool = False
 
+    @property
+    def computes_alone(self) -> bool:
+        """See `StudentBlock.computes_alone`."""
+        return self.skipping and super().computes_alone
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See `StudentBlock.forward` and the original class."""
         if self.skipping:
             refuse_decoding(self.eas_context)
             return super().forward(*args, **kwargs)
         return super(StudentPart, self).forward(*args, **kwargs)
-
-
-def computes_alone(block: nn.Module) -> bool:
-    """Whether what a block makes of a token depends on that token alone: nothing attends, and nothing is pooled.
-
-    Only an FFN that is understood is known not to mix tokens.
-    """
-    if not isinstance(block, StudentBlock) or not getattr(block, "skipping", True):
-        return False
-    config: Any = block.eas_config
-    return block.eas_site.causal and (block.eas_context.pooling == "none" or config.pia_dim == 0)
 
 
 def skip_site(

@@ -95,6 +95,7 @@ class TokenContext:
         causal: whether a site of the stack only looks back.
         streams: whether the stack runs two streams side by side, so that only the call of an attention says which
             tokens it sees.
+        whole: whether every token is computed to the end, whatever is asked for (see `asked`).
         now: the pass in which the asking thread is.
     """
 
@@ -106,6 +107,7 @@ class TokenContext:
     spare_first: bool = False
     causal: bool = True
     streams: bool = False
+    whole: bool = False
     now: Pass = field(default_factory=Pass, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenContext:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from eas_search.asked import first_local
-from eas_search.blocks import computes_alone
+from eas_search.asked import first_alone
 from eas_search.measures import kv_bytes_by_slot, parameter_count, per_token, prefill
 
 _BLOCK = re.compile(r"([^\d.][^.]*\.)*\d+")  # an element of a list that lies in no other list
@@ -64,7 +63,7 @@ def _local(modules: Mapping[str, nn.Module], blocks: Iterable[str]) -> set[str]:
     """Paths of the blocks that a prefill runs for its last token alone, see `asked`."""
     found = set[str]()
     for path in {path.rpartition(".")[0] for path in blocks}:
-        first = first_local(modules[path], computes_alone)
+        first = first_alone(modules[path])
         names = [name for name, _ in modules[path].named_children()]
         found |= {f"{path}.{name}" for name in names[len(names) if first is None else first :]}
     return found

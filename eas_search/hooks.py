@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from eas_search.architectures.surroundings import TOKENS
-from eas_search.asked import Asked, asked_of, first_local, places
-from eas_search.blocks import computes_alone
+from eas_search.asked import Asked, asked_of, first_alone, places
 from eas_search.cache import prepare_cache
 from eas_search.context import TokenContext, remember_passes
 from eas_search.exceptions import ConfigError
@@ -52,7 +51,7 @@ class NotePrompt:
             given = question_mask(labels) if shape is None or shape == labels.shape else None
         now.begin(entered=False)
         now.prompt_mask, now.width = given, None if shape is None else shape[1]
-        now.wish = asked_of(module, named) if context.causal else None
+        now.wish = asked_of(module, named) if context.causal and not context.whole else None
         behind_encoder = context.causal and "decoder_attention_mask" in names
         mask = named.get("decoder_attention_mask" if behind_encoder else "attention_mask")
         others = self.tower == "vision" or (self.tower == "audio" and "input_ids" in names)
@@ -147,7 +146,7 @@ class EnterStack:
         return mask
 
     def _asked(self, module: nn.Module, tokens: Tensor, wish: int | Tensor) -> Asked | None:
-        since = first_local(module.get_submodule(self.blocks), computes_alone)
+        since = first_alone(module.get_submodule(self.blocks))
         index = None if since is None else places(wish, (tokens.shape[0], tokens.shape[1]), tokens.device)
         return None if since is None or index is None else Asked(index, since)
 

@@ -25,7 +25,7 @@ from eas_search.exceptions import ConfigError
 from eas_search.head import own_head
 from eas_search.hooks import EnterStack, ForgetWish, LeaveStack, NotePrompt
 from eas_search.lora import attach_lora
-from eas_search.parts import adapt_attention
+from eas_search.parts import StudentPart, adapt_attention
 from eas_search.skip_config import Pooling, SkipConfig
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -263,6 +263,13 @@ def _prompt_length(model: Any, call: dict[str, Any]) -> int | None:
         return int(tokens.shape[1])
     # The library's own `generate` then begins with one token.
     return 1 if type(model).generate is GenerationMixin.generate else None
+
+
+def compute_all_tokens(student: nn.Module) -> None:
+    """Let a student compute every token to the end of its stack, whatever it is asked for (see `asked`), in place."""
+    for part in student.modules():
+        if isinstance(part, StudentPart):
+            part.eas_context.whole = True
 
 
 def adapter_parameters(student: nn.Module) -> dict[str, nn.Parameter]:

@@ -139,10 +139,9 @@ class TaskContract:
         assert "labels" not in prompts
         labels = split.tensors["labels"]
         if labels.dim() == 1 or labels.is_floating_point() or task.head == "causal-lm":
-            expected = "prefix" if task.head == "causal-lm" else "all"  # every token sees only what is before it
-            assert task.pooling == expected
+            assert task.pooling == ("none" if task.head == "causal-lm" else "all")
             return
-        assert task.pooling == "prompt"
+        assert task.pooling == "none"  # unless the user wants it; then these are the tokens
         pooled = question_mask(labels)
         assert not (pooled & (labels != -100)).any()
         real = split.tensors["attention_mask"].bool()

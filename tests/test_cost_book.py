@@ -30,8 +30,8 @@ def test_every_skip_set_costs_what_running_it_says(llava: Any, image_prompt: dic
         student = apply_skips(llava, SkipConfig(skip=skip, pia_dim=dim, placement=placement, pooling="none"))
         merged = merge(student).eval()
         assert book.costs(student, lambda m=merged: m, image_prompt) == expected(merged, image_prompt)  # type: ignore[misc]
-    # In every tower: kept, deleted, and for each rank and placement merged.
-    assert book.measured <= 14
+    # In every tower: kept, deleted, and for each rank and placement merged; in the text tower these also at its end.
+    assert book.measured <= 20
     shorter = {name: value[:1] for name, value in image_prompt.items()}
     assert book.costs(llava, lambda: llava, shorter) == expected(llava, shorter)
 

@@ -18,7 +18,7 @@ from eas_search.latency import LatencyConfig, measure_latency
 from eas_search.latency.values import PhaseLatency, Ratio
 from eas_search.models.twin_inputs import ordinary_tokens
 from eas_search.skip_config import SkipConfig
-from eas_search.skipping import apply_skips, share_copy
+from eas_search.skipping import apply_skips, compute_all_tokens, share_copy
 
 Models = dict[str, nn.Module]
 
@@ -41,6 +41,8 @@ def build_models(shallow: nn.Module) -> Models:
     stack = main_stack(shallow)
     skip = tuple(site.index for site in attention_sites(shallow) if site.name in {own.name for own in stack.sites})
     deleted = apply_skips(shallow, SkipConfig(skip=skip, pia_dim=0, placement="residual", pooling="none"))
+    # What an attention costs is the same everywhere; what its FFN saves at the end of a stack comes on top.
+    compute_all_tokens(deleted)
     return {
         "intact": shallow,
         "deleted": deleted,

@@ -29,9 +29,10 @@ def describe_first_batch(settings: SearchSettings) -> Iterator[str]:
     generator = torch.Generator().manual_seed(settings.seed)  # as the baseline's fine-tune draws its batches
     batch = next(iter(endless(split, settings.baseline.batch_size, generator)))
     pooling = settings.student.pooling or task.pooling
+    decoders = " (in a decoder: none)" if settings.student.pooling is None and pooling == "all" else ""
     yield (
         f"Task {task.name}: {len(split)} training samples, score: {split.scoring.metric}, head: {task.head}, "
-        f"pooling: {pooling}"
+        f"pooling: {pooling}{decoders}"
     )
     yield from task.notes
     yield "First batch: " + ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in batch.items())

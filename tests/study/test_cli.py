@@ -282,6 +282,14 @@ def test_the_first_batch_is_shown_without_its_answers_being_pooled(
     monkeypatch.chdir(tmp_path)
     said = call("run", "--config", study_file, "--show-batch")
     assert said.code == 0, said.err
+    assert "score: exact match, head: generation, pooling: none" in said.out
+    assert "pooled:" not in said.out
+    pooled = tmp_path / "pooled.yaml"
+    pooled.write_text(
+        study_file.read_text("utf-8").replace("adapter_dim: 2", "adapter_dim: 2\n  pooling: prompt"), "utf-8"
+    )
+    said = call("run", "--config", pooled, "--show-batch")
+    assert said.code == 0, said.err
     lines = said.out.splitlines()
     assert "score: exact match, head: generation, pooling: prompt" in said.out
     rows = {name: [line for line in lines if line.startswith(name)] for name in ("prompt:", "labels:", "pooled:")}
@@ -343,7 +351,7 @@ def test_the_formats_of_a_trial_are_planned_and_written(call: Call, finished_cop
     assert said.code == 0, said.err
     rows = {line.split("│")[1].strip(): line for line in said.out.splitlines() if line.count("│") == 4}
     assert {name for name, line in rows.items() if "exact" in line} >= {"eas", "adapter", "torch-export"}
-    assert "pooling 'prompt' adds a vector per sample" in rows["stock"]
+    assert "the skipped attentions are computed with zero weights" in rows["stock"]
     assert "LlavaForConditionalGeneration is not of this family" in rows["decilm"]
     number = read_json(finished_copy / "best.json")["number"]
     said = call("export", finished_copy, "--format", "adapter")
@@ -366,8 +374,8 @@ def test_what_cannot_be_written_is_refused_before_anything_is_trained(
     (finished_copy / "file").write_text("", encoding="utf-8")
     refused = call("export", finished_copy, "--output", finished_copy / "file" / "export")
     assert_refused(refused, ["cannot be written", "choose another folder"])
-    refused = call("export", finished_copy, "--format", "stock")
-    assert_refused(refused, ["'stock' is impossible", "pooling 'prompt'", "--plan"])
+    refused = call("export", finished_copy, "--format", "decilm")
+    assert_refused(refused, ["'decilm' is impossible", "not of this family", "--plan"])
 
 
 def test_the_first_line_appears_before_torch_is_loaded(environment: dict[str, str]) -> None:

@@ -76,7 +76,10 @@ def check(done: SimpleNamespace, metric: str) -> dict[str, Any]:
 def test_a_decoder_on_texts(
     search: Search, own: Callable[..., SearchSettings], llama_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    settings = own(model=str(llama_folder), task="causal-lm", data=text_file, task_options={"block": 16})
+    pooled = {"adapter_dim": 2, "pooling": "prefix"}
+    settings = own(
+        model=str(llama_folder), task="causal-lm", data=text_file, task_options={"block": 16}, student=pooled
+    )
     done = search(settings, tmp_path)
     best = check(done, "token likelihood")
     assert best["config"]["pooling"] == "prefix"
@@ -133,7 +136,9 @@ def test_a_vision_language_model_that_cuts_pictures_on_conversations(
     search: Search, own: Callable[..., SearchSettings], tmp_path: Path
 ) -> None:
     data, model = draw_talks(tmp_path / "talks", 100), save_idefics3(tmp_path / "idefics3", layers=3)
-    done = search(own(model=str(model), task="vqa", data=data, space={"pia_dims": [2]}), tmp_path / "run")
+    pooled = {"adapter_dim": 2, "pooling": "prompt"}
+    settings = own(model=str(model), task="vqa", data=data, space={"pia_dims": [2]}, student=pooled)
+    done = search(settings, tmp_path / "run")
     best = check(done, "accuracy")
     assert best["config"]["pooling"] == "prompt"
     assert all(name.startswith("model.text_model.") for name in best["skip_names"])
@@ -152,19 +157,21 @@ def test_what_the_user_leaves_open_fits_task_and_model(
 ) -> None:
     lm = {"model": str(llama_folder), "task": "causal-lm", "data": text_file}
     usual = Workbench.open(own(**lm)).space
-    assert (usual.student.pooling, usual.choices.towers) == ("prefix", ("text",))
+    assert (usual.student.pooling, usual.choices.towers) == ("none", ("text",))
     assert usual.choices.placements == ("parallel", "ffn")
-    asked = Workbench.open(own(**lm, student={"pooling": "none"}, space={"pia_dims": [2], "placements": ["residual"]}))
-    assert (asked.space.student.pooling, asked.space.choices.placements) == ("none", ("residual",))
+    asked = Workbench.open(
+        own(**lm, student={"pooling": "prefix"}, space={"pia_dims": [2], "placements": ["residual"]})
+    )
+    assert (asked.space.student.pooling, asked.space.choices.placements) == ("prefix", ("residual",))
     whole = own(**lm, student=SkipConfig(pooling="none"), space=SpaceSettings(placements=("residual",)))
     assert (whole.student.pooling, whole.space.placements, whole.space.towers) == ("none", ("residual",), None)
     with pytest.raises(ConfigError, match=r"space.towers is \['vision'\], but the model only has \['text'\]"):
         Workbench.open(own(**lm, space={"towers": ["vision"]}))
     rows = [f"{text},{'good' if 'cat' in text else 'bad'}" for text in text_file.read_text("utf-8").split("\n\n")]
     (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
-    # A decoder that classifies must not look ahead either; all that it is shown is the prompt.
+    # A decoder that classifies is one all the same: a mean over all tokens would look ahead.
     classes = Workbench.open(own(model=str(llama_folder), task="text-classification", data=tmp_path / "rows.csv"))
-    assert classes.space.student.pooling == "prompt"
+    assert classes.space.student.pooling == "none"
     assert classes.model.config.id2label == {0: "bad", 1: "good"}  # type: ignore[union-attr]
 
 
