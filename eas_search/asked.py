@@ -4,7 +4,8 @@ What a block without attention makes of a token depends on that token alone, unl
 attention that is computed, the other tokens of a prompt therefore reach nothing but their own logits. `generate` asks
 for those of the last token (`logits_to_keep=1`), a loss for those in front of a label: blocks at the end of a stack
 whose attentions are skipped then cost next to nothing in prefill and training, their FFNs included. The tokens that
-are computed come out the same, up to the rounding of products of other shapes.
+are computed come out the same, up to the rounding of products of other shapes. The FFN behind that last attention is
+spared the other tokens, too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -31,11 +33,17 @@ class Asked:
 
     Attributes:
         index: [T], their places among the B · n tokens of the pass.
-        since: position of the first block that computes no others.
+        since: position of the first block that computes no others; the FFN of the one in front of it does not, either.
     """
 
     index: Tensor
     since: int
+
+    def alone(self, x: Tensor, ffn: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `ffn` makes of the tokens asked for among x [B, n, d]; zeros for the others."""
+        rows, index = x.flatten(0, 1), self.index.to(x.device)
+        made = ffn(rows[index].unsqueeze(0)).squeeze(0)
+        return made.new_zeros(rows.shape).index_copy(0, index, made).view_as(x)
 
     def update(self, x: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
         """x [B, n, d] with what `block` makes of the tokens asked for, [1, T, d], in their place."""
@@ -96,14 +104,11 @@ def places(asked: int | Tensor, shape: tuple[int, int], device: torch.device) ->
     return F.pad(asked[:, 1:] != IGNORED_LABEL, (0, 1)).flatten().nonzero().flatten().to(device)
 
 
-def first_alone(blocks: nn.Module) -> int | None:
-    """Position in a list of blocks from which on all compute every token by itself; None: the last one does not.
+def first_alone(blocks: nn.Module) -> int:
+    """Position in a list of blocks from which on all compute every token by itself; their number if none does.
 
     Blocks of a student know that of themselves. Of others nothing is known, nor of an FFN that is not understood.
     """
-    first = None
-    for position, block in reversed(list(enumerate(blocks.children()))):
-        if not getattr(block, "computes_alone", False):
-            break
-        first = position
-    return first
+    every = list(blocks.children())
+    alone = takewhile(lambda block: getattr(block, "computes_alone", False), reversed(every))
+    return len(every) - len(list(alone))

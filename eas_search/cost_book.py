@@ -43,9 +43,9 @@ class CostBook:
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in inputs.items())
         modules = dict(student.named_modules())
         blocks = {path: module for path, module in modules.items() if _BLOCK.fullmatch(path)}
-        alone = _local(modules, blocks)
+        ends = _behind_last_attention(modules, blocks)
         keys: dict[str, object] = {
-            path: (shapes, path.rpartition(".")[0], path in alone, structure(block.named_modules()))
+            path: (shapes, path.rpartition(".")[0], max(-2, ends[path]), structure(block.named_modules()))
             for path, block in blocks.items()
         }
         keys[""] = (shapes, tuple(blocks), structure(item for item in modules.items() if not _IN_BLOCK.match(item[0])))
@@ -59,13 +59,16 @@ class CostBook:
         return _total((self._known[key] for key in keys.values()), inputs)
 
 
-def _local(modules: Mapping[str, nn.Module], blocks: Iterable[str]) -> set[str]:
-    """Paths of the blocks that a prefill runs for its last token alone, see `asked`."""
-    found = set[str]()
+def _behind_last_attention(modules: Mapping[str, nn.Module], blocks: Iterable[str]) -> dict[str, int]:
+    """By path: 0 for blocks that a prefill runs for its last token alone, see `asked`; less in front of them.
+
+    -1 is the block whose FFN it runs so.
+    """
+    found = dict[str, int]()
     for path in {path.rpartition(".")[0] for path in blocks}:
         first = first_alone(modules[path])
-        names = [name for name, _ in modules[path].named_children()]
-        found |= {f"{path}.{name}" for name in names[len(names) if first is None else first :]}
+        for position, (name, _) in enumerate(modules[path].named_children()):
+            found[f"{path}.{name}"] = min(0, position - first)
     return found
 
 

@@ -146,9 +146,8 @@ class EnterStack:
         return mask
 
     def _asked(self, module: nn.Module, tokens: Tensor, wish: int | Tensor) -> Asked | None:
-        since = first_alone(module.get_submodule(self.blocks))
-        index = None if since is None else places(wish, (tokens.shape[0], tokens.shape[1]), tokens.device)
-        return None if since is None or index is None else Asked(index, since)
+        index = places(wish, (tokens.shape[0], tokens.shape[1]), tokens.device)
+        return None if index is None else Asked(index, first_alone(module.get_submodule(self.blocks)))
 
     def _cache(self, module: nn.Module, named: dict[str, Any]) -> Cache | None:
         cache, wanted = named.get("past_key_values"), named.get("use_cache")

@@ -131,6 +131,18 @@ class AdaptedAttention(StudentPart):
         return (args, {**kwargs, name: x}) if name in kwargs else ((x, *args[1:]), kwargs)
 
 
+class SparingFfn(StudentPart):
+    """The FFN of a block that understands its tokens one by one: behind the last attention, only those asked for."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """See the original class; what it gives for tokens that reach nothing is 0."""
+        forward, now = super(StudentPart, self).forward, self.eas_context.now
+        asked = now.asked
+        if asked is None or self.eas_site.layer != asked.since - 1 or x.shape[:-1] != now.shape:
+            return forward(x, *args, **kwargs)
+        return asked.alone(x, lambda tokens: forward(tokens, *args, **kwargs))
+
+
 def adapt_attention(model: nn.Module, site: AttentionSite, config: SkipConfig, context: TokenContext) -> None:
     """Put a fresh light adapter in front of a kept attention, in place."""
     attention = become(model.get_submodule(site.name), AdaptedAttention, site, context)

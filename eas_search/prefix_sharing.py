@@ -175,8 +175,8 @@ class _StackPass:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.entered, self.start = None, 0
-        # Behind blocks that compute only some tokens the stream is not what another student would go on from.
-        firsts = [context.now.asked.since for context in self.contexts.values() if context.now.asked is not None]
+        # Behind a block that computes only some tokens the stream is not what another student would go on from.
+        firsts = [context.now.asked.since - 1 for context in self.contexts.values() if context.now.asked is not None]
         self.whole_until = min(firsts, default=len(self.blocks))
         if torch.is_grad_enabled() or module.training or not any(self.kept):
             return

@@ -28,12 +28,14 @@ class SearchSpace:
         choices: ranks and placements.
         student: what all configurations have in common.
         fixed_k: how many sites every configuration skips; None: any number from 1.
+        ends: the sites at the ends of stacks, where skipping saves more, see `SiteClasses.ends`.
     """
 
     sites: tuple[AttentionSite, ...]
     choices: SpaceSettings
     student: SkipConfig
     fixed_k: int | None = None
+    ends: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         """Raises ConfigError when there are too few sites for `fixed_k`."""

@@ -25,7 +25,7 @@ from eas_search.exceptions import ConfigError
 from eas_search.head import own_head
 from eas_search.hooks import EnterStack, ForgetWish, LeaveStack, NotePrompt
 from eas_search.lora import attach_lora
-from eas_search.parts import StudentPart, adapt_attention
+from eas_search.parts import SparingFfn, StudentPart, adapt_attention, become
 from eas_search.skip_config import Pooling, SkipConfig
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -212,6 +212,10 @@ def _build_stack(
                 adapt_attention(student, site, config, context)
         if site.index in chosen:
             skip_site(student, site, config, context, supernet)
+        # Where PIAs pool, the last of them may need every token, and what a prefill takes would depend on where it is.
+        local = site.causal and touched and (context.pooling == "none" or config.pia_dim == 0)
+        if local and hooked and site.whole and site.pattern.ffn != ".":
+            become(student.get_submodule(f"{site.block}.{site.pattern.ffn}"), SparingFfn, site, context)
     own_context, cross = contexts.get("self") or TokenContext(pooling="none"), contexts.get("cross")
     student.register_forward_pre_hook(NotePrompt(own_context, members[0].tower), with_kwargs=True)
     if causal:

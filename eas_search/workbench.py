@@ -19,7 +19,7 @@ from eas_search.exceptions import ConfigError, UnsupportedModelError
 from eas_search.kept_adapters import KeptAdapters
 from eas_search.latency import QuietLock
 from eas_search.latency.predictor import LatencyPredictor
-from eas_search.latency.terms import SiteClasses, site_classes, terms_of
+from eas_search.latency.terms import SiteClasses, ends_of_stacks, site_classes, terms_of
 from eas_search.models.loading import load_config, load_model, model_location
 from eas_search.models.options import LoadOptions
 from eas_search.origin import bind_contents
@@ -105,7 +105,8 @@ class Workbench:
         single = settings.dtype == "float32"
         prove_sites(model, space.sites, probe, tolerance=1e-5 if single else 5e-2)
         refused = refuse_unsound(model, space.sites, probe, tolerance=1e-4 if single else 5e-2)
-        space = replace(space, sites=tuple(site for site in space.sites if site.name not in refused))
+        sound = tuple(site for site in space.sites if site.name not in refused)
+        space = replace(space, sites=sound, ends=ends_of_stacks(model, sound))
         changed = [apply_skips(model, space.config(skip)) for skip in ((), [site.index for site in space.sites])]
         limits_of_caches = (settings.caches.features, settings.caches.prefixes)
         attach_caches(model, changed, every, probe, limits_of_caches, tolerance=1e-5 if single else 5e-2)

@@ -115,9 +115,9 @@ def test_a_block_behind_the_last_attention_costs_as_much_as_the_tokens_asked_for
     student, inputs = apply_skips(llama, config).eval(), {"input_ids": tokens}
     kept = apply_skips(llama, SkipConfig(skip=())).eval()
     attention = (prefill_flops(kept, inputs) - LAYERS * ffn_flops(40) - head_flops(4)) // LAYERS
-    expected = (
-        (LAYERS - len(skip)) * attention + (LAYERS - alone) * ffn_flops(40) + alone * ffn_flops(4) + head_flops(4)
-    )
+    spared = min(LAYERS, alone + 1)  # the FFN behind the last attention, too
+    ffns = (LAYERS - spared) * ffn_flops(40) + spared * ffn_flops(4)
+    expected = (LAYERS - len(skip)) * attention + ffns + head_flops(4)
     assert prefill_flops(student, inputs) == expected
     # With pooling over the prompt every token is needed to the end; plain deletion pools nothing.
     pooled = apply_skips(llama, config.model_copy(update={"pia_dim": 4, "placement": "ffn", "pooling": "prompt"}))
@@ -143,7 +143,7 @@ def test_loss_and_gradients_are_those_of_the_whole_pass(
         some = student(**batch, use_cache=False)
     rows = wanted(batch["labels"])
     torch.testing.assert_close(some.logits[rows], every.logits[rows])
-    assert (3 not in skip) == torch.equal(some.logits, every.logits)
+    assert not torch.equal(some.logits, every.logits)  # at least the last FFN was spared some tokens
     for one, other in zip(
         torch.autograd.grad(some.loss, trained, allow_unused=True),
         torch.autograd.grad(every.loss, trained, allow_unused=True),
@@ -250,13 +250,13 @@ def test_a_supernet_s_end_is_where_its_skips_are(llama: Any, randomise: Randomis
     supernet = Supernet(llama, attention_sites(llama), SkipConfig(pia_dim=4, pooling="none", adapter_dim=2))
     randomise(supernet.model)
     batch = batch_of(tokens)
-    for skip, whole in (((3,), False), ((0, 2), True), ((), True), ((2, 3), False)):
+    for skip in ((3,), (0, 2), (), (2, 3)):
         supernet.set_skips(skip)
         with torch.no_grad():
             every = supernet.model(**batch, use_cache=False)
             with only_labelled():
                 some = supernet.model(**batch, use_cache=False)
-        assert torch.equal(some.logits, every.logits) == whole
+        assert not torch.equal(some.logits, every.logits)
         torch.testing.assert_close(some.loss, every.loss)
 
 

@@ -49,9 +49,9 @@ def made_up(config: SkipConfig, texts: int = 12) -> float:
         if config.pia_dim:
             per_site, per_rank = PIA[config.placement]
             time += per_site + per_rank * config.pia_dim
-    if config.pooling == "none" or config.pia_dim == 0:
-        last = itertools.takewhile(lambda index: index in config.skip, reversed(range(texts)))
-        time -= FFN * len(list(last))
+    if any(index < texts for index in config.skip) and (config.pooling == "none" or config.pia_dim == 0):
+        last = list(itertools.takewhile(lambda index: index in config.skip, reversed(range(texts))))
+        time -= FFN * min(texts, len(last) + 1)
     return time / MODEL
 
 
@@ -251,10 +251,12 @@ def test_what_cannot_be_predicted_is_refused_in_one_line() -> None:
 def test_what_stands_at_the_end_of_a_stack_is_counted() -> None:
     space, classes = make_space(12, pooling="none")
     found = [terms_of(space.config(skip), classes).get("text self, last", 0) for skip in ([0, 1], [11], [3, 10, 11])]
-    assert found == [0, 1, 2]
+    assert found == [1, 2, 3]  # the FFN of the block in front is spared its tokens, too
     pooled = space.config([10, 11]).model_copy(update={"pooling": "prompt"})
     assert "text self, last" not in terms_of(pooled, classes)  # every token of the prompt enters the means
-    assert terms_of(pooled.model_copy(update={"pia_dim": 0}), classes)["text self, last"] == 2
+    assert terms_of(pooled.model_copy(update={"pia_dim": 0}), classes)["text self, last"] == 3
+    assert "text self, last" not in terms_of(space.config([]), classes)  # the original model
+    assert terms_of(space.config(list(TEXT)), classes)["text self, last"] == 12
 
 
 def test_the_end_of_a_stack_begins_behind_what_cannot_be_skipped(build_llama: Any) -> None:

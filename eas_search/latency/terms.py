@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from torch import nn
@@ -55,10 +56,11 @@ def site_classes(model: nn.Module, sites: Sequence[AttentionSite]) -> SiteClasse
             alike = sum(known.startswith(name) for known in named.values())
             named[key] = f"{name} {alike + 1}" if alike else name
         classes[site.index] = named[key]
-    return SiteClasses(classes, _ends(model, sites))
+    return SiteClasses(classes, ends_of_stacks(model, sites))
 
 
-def _ends(model: nn.Module, sites: Sequence[AttentionSite]) -> tuple[tuple[int, ...], ...]:
+def ends_of_stacks(model: nn.Module, sites: Sequence[AttentionSite]) -> tuple[tuple[int, ...], ...]:
+    """See `SiteClasses.ends`."""
     if not last_logits(model):
         return ()
     able = {site.block: site.index for site in sites if site.whole and site.causal}
@@ -73,18 +75,30 @@ def _ends(model: nn.Module, sites: Sequence[AttentionSite]) -> tuple[tuple[int, 
     return tuple(found)
 
 
+def last_sites(config: SkipConfig, ends: Sequence[Sequence[int]]) -> list[int]:
+    """Sites whose FFN a prefill runs for the last token alone: those behind the last attention of their stack, and it.
+
+    With PIAs that pool there are none: they need all tokens.
+
+    Args:
+        config: what is skipped, as indexes.
+        ends: see `SiteClasses.ends`.
+    """
+    skip, found = set(config.skip), list[int]()
+    for end in ends if config.pooling == "none" or config.pia_dim == 0 else ():
+        behind = len(list(takewhile(skip.__contains__, end)))
+        found += end[: behind + 1] if not skip.isdisjoint(end) else ()
+    return found
+
+
 def terms_of(config: SkipConfig, classes: SiteClasses) -> Row:
     """A configuration as one row of the model in `predictor`: how often each of its terms occurs."""
     form = config.placement if config.pia_dim else "deleted"
-    row, skip = {BASE: 1.0}, {int(index) for index in config.skip}
-    for name, count in Counter(classes.names[index] for index in sorted(skip)).items():
+    row = {BASE: 1.0}
+    for name, count in Counter(classes.names[int(index)] for index in config.skip).items():
         row[f"{name}, {form}"] = float(count)
         row[f"{name}, {form}{RANK}"] = float(count * config.pia_dim)
         row[f"{name}{SQUARED}"] = float(count**2)
-    if config.pooling == "none" or config.pia_dim == 0:
-        for end in classes.ends:
-            kept = next((position for position, index in enumerate(end) if index not in skip), len(end))
-            for index in end[:kept]:
-                term = f"{classes.names[index]}{LAST}"
-                row[term] = row.get(term, 0.0) + 1.0
+    for name, count in Counter(classes.names[index] for index in last_sites(config, classes.ends)).items():
+        row[f"{name}{LAST}"] = float(count)
     return row

@@ -29,7 +29,8 @@ class FrontSampler(Proposer):
 
     A few hundred such variations are made; a surrogate fitted to the trials so far says by how much each is expected to
     enlarge the front's hypervolume, and the best one is proposed. The front is that of the surrogate, too: a trial that
-    was merely lucky gets no children. How many sites are skipped stands for the latency.
+    was merely lucky gets no children. How many sites are skipped, and how many of them with no attention behind,
+    stands for the latency.
 
     Args:
         space: the search space.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from eas_search.latency.terms import last_sites
 from eas_search.samplers.surrogate import sigmoid
 from eas_search.search_space import SearchSpace
 from eas_search.skip_config import SkipConfig
@@ -19,7 +20,9 @@ class Front:
     """The most accurate configurations by how much they skip.
 
     Sites of different towers save different amounts of time, so that the number of skipped sites is counted for every
-    tower; a configuration that skips at least as many in each takes the place of another.
+    tower; a configuration that skips at least as many in each takes the place of another. One at the end of a stack,
+    with no attention behind it, counts twice: it spares its FFN most tokens of a prompt (see `asked`), which are worth
+    as much as an attention within a factor of two.
 
     Attributes:
         members: the front.
@@ -29,7 +32,8 @@ class Front:
     def __init__(self, space: SearchSpace, configs: Sequence[SkipConfig], accuracies: Array) -> None:
         self.towers = list(dict.fromkeys(site.tower for site in space.sites))
         self.tower = {site.index: self.towers.index(site.tower) for site in space.sites}
-        self.levels = np.zeros([1 + list(self.tower.values()).count(i) for i in range(len(self.towers))])
+        self.ends, most = space.ends, [*self.tower.values(), *(self.tower[i] for end in space.ends for i in end)]
+        self.levels = np.zeros([1 + most.count(i) for i in range(len(self.towers))])
         owner = np.full(self.levels.shape, -1)
         for i, (load, accuracy) in enumerate(zip(self.loads(configs), accuracies, strict=True)):
             below = tuple(slice(0, count + 1) for count in load)
@@ -39,10 +43,10 @@ class Front:
         self.members = [configs[i] for i in np.unique(owner[owner >= 0])]
 
     def loads(self, configs: Sequence[SkipConfig]) -> NDArray[np.int64]:
-        """How many sites of each tower are skipped, [n, towers]."""
+        """How many sites of each tower are skipped, [n, towers]; those at its end twice."""
         found = np.zeros((len(configs), len(self.towers)), dtype=np.int64)
         for row, config in enumerate(configs):
-            for index in config.skip:
+            for index in (*config.skip, *last_sites(config, self.ends)):
                 found[row, self.tower[int(index)]] += 1
         return found
 

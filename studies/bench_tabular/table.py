@@ -62,6 +62,11 @@ class Table:
             latency = latency - count * (saved[tower] if isinstance(saved, dict) else saved)
         return latency
 
+    @property
+    def ends(self) -> tuple[tuple[int, ...], ...]:
+        """The text sites from the last one backwards, see `eas_search.latency.terms`."""
+        return (tuple(i for i in reversed(range(self.free)) if self.towers[i] == "text"),)
+
     def space(self) -> SearchSpace:
         """The skip sets as a search space with one rank and one placement."""
         sites: Any = tuple(

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,8 @@ def open_places(settings: SearchSettings, folder: Path) -> tuple[dict[str, Place
     adapted = None
     for name, update in changes.items():
         bench = Workbench.open(settings.model_copy(update=update))
+        if name == "plain":
+            bench.conditions = replace(bench.conditions, labelled=False)
         if adapted is None:
             adapted = baseline_stage(bench, stages, lambda *_: None)[1]
             begin = time.perf_counter()
