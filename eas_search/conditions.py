@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate.utils import convert_to_fp32
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from eas_search.asked import only_labelled
-from eas_search.models.calling import without_cache
 from eas_search.names import MixedPrecision
+from eas_search.plain_attention import step_by_step
 
 Guard = Callable[[], AbstractContextManager[object]]
-# Up to so many tokens a CPU trains faster through plain attention than through the fused one: forward and backward take
-# 1.7 instead of 2.8 ms at 27 tokens in float32, 1.7 instead of 8.7 in bfloat16; even at 128, half as fast at 256 (torch
-# 2.13). Without a backward pass the fused one is never slower.
-SHORT = 128
 
 
 @dataclass(frozen=True)
@@ -33,7 +25,7 @@ class Conditions:
         guard: entered around every step, e.g. a lock shared with timing processes.
         bf16: whether matrix products are computed in bfloat16 (autocast). Weights, adapters and their gradients, norms
             and losses stay in the precision that they have.
-        plain_attention: whether training computes attention step by step instead of fused, see `SHORT`.
+        plain_attention: whether bfloat16 attention is computed step by step instead of fused, see `plain_attention`.
         labelled: whether a pass that is given labels need only compute the logits that predict them, see `asked`.
     """
 
@@ -52,8 +44,8 @@ class Conditions:
                 stack.enter_context(torch.autocast(device_of(model).type, dtype=torch.bfloat16))
                 # As accelerate does it: losses and scores, also those that users write, are not of half precision.
                 stack.callback(model.register_forward_hook(lambda _, __, output: convert_to_fp32(output)).remove)
-            if self.plain_attention and torch.is_grad_enabled():
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+                if self.plain_attention:
+                    stack.enter_context(step_by_step())
             yield
 
 
@@ -79,26 +71,3 @@ def computes_in_bf16(choice: MixedPrecision, model: nn.Module) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-
-
-class _Lengths(TorchFunctionMode):
-    """Notes how many tokens every fused attention has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[int] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            self.found += [tensor.shape[-2] for tensor in args[:2]]
-        return func(*args, **(kwargs or {}))
-
-
-@torch.no_grad()
-def plain_is_faster(model: nn.Module, batch: Mapping[str, Tensor]) -> bool:
-    """Whether all attentions of a model on such a batch are so short that a CPU is faster without the fused one."""
-    if device_of(model).type != "cpu":
-        return False
-    with _Lengths() as lengths:
-        model(**batch, **without_cache(model))
-    return 0 < max(lengths.found, default=0) <= SHORT

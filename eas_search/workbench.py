@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from eas_search.architectures import AttentionSite, attention_sites, prove_sites
 from eas_search.asked_proof import labels_suffice, prove_last_logits
-from eas_search.conditions import AS_IT_IS, Conditions, computes_in_bf16, device_of, plain_is_faster
+from eas_search.conditions import AS_IT_IS, Conditions, computes_in_bf16, device_of
 from eas_search.cost_book import CostBook
 from eas_search.exceptions import ConfigError, UnsupportedModelError
 from eas_search.kept_adapters import KeptAdapters
@@ -23,6 +23,7 @@ from eas_search.latency.terms import SiteClasses, ends_of_stacks, site_classes, 
 from eas_search.models.loading import load_config, load_model, model_location
 from eas_search.models.options import LoadOptions
 from eas_search.origin import bind_contents
+from eas_search.plain_attention import all_short
 from eas_search.proof import refuse_unsound
 from eas_search.reuse import Caches, attach_caches
 from eas_search.search_space import SearchSpace
@@ -116,7 +117,7 @@ class Workbench:
         conditions = Conditions(
             quiet.shared,
             in_bf16(settings, model, folder),
-            plain_is_faster(model, probe),
+            all_short(model, probe),
             labels_suffice(changed[1], probe, tolerance=1e-4 if single else 5e-2),
         )
         return cls(

@@ -1,4 +1,4 @@
-"""Mixed precision and plain attention: what they change, what they leave alone, and who decides."""
+"""Mixed precision: what it changes, what it leaves alone, and who decides."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eas_search import conditions as module
-from eas_search.conditions import SHORT, Conditions, computes_in_bf16, plain_is_faster
+from eas_search.conditions import Conditions, computes_in_bf16
 from eas_search.settings import SearchSettings
 from eas_search.training import FineTuneConfig, fine_tune
 from eas_search.workbench import in_bf16
@@ -88,51 +85,6 @@ def test_training_in_bfloat16_ends_near_training_in_float32() -> None:
     assert losses[True] != losses[False]  # it was another arithmetic
     assert losses[False][-1] < 0.7 * losses[False][0]
     assert losses[True] == pytest.approx(losses[False], rel=0.03)  # bfloat16 keeps 8 bits
-
-
-@pytest.mark.parametrize(("plain", "grad"), [(True, True), (True, False), (False, True)])
-def test_plain_attention_is_for_training(plain: bool, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    entered: list[SDPBackend] = []
-    original = module.sdpa_kernel
-
-    def noting(backend: SDPBackend) -> Any:
-        entered.append(backend)
-        return original(backend)
-
-    monkeypatch.setattr(module, "sdpa_kernel", noting)
-    with torch.set_grad_enabled(grad), Conditions(plain_attention=plain).forward(llama()):
-        pass
-    assert entered == ([SDPBackend.MATH] if plain and grad else [])
-
-
-def test_plain_attention_answers_alike() -> None:
-    model = llama()
-    expected = model(**tokens()).logits
-    with Conditions(plain_attention=True).forward(model):
-        found = model(**tokens()).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # sums in another order
-
-
-def test_who_is_short_is_measured_on_the_model() -> None:
-    assert plain_is_faster(llama(), tokens(SHORT))
-    assert not plain_is_faster(llama(), tokens(SHORT + 1))
-    assert not plain_is_faster(llama(attn_implementation="eager"), tokens())  # nothing to replace
-
-
-class TwoTowers(nn.Module):
-    """A short text and a long image."""
-
-    def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
-        for count in (input_ids.shape[1], SHORT + 1):
-            x = torch.randn(1, 1, count, 4)
-            F.scaled_dot_product_attention(x, x, x)
-        return x
-
-
-def test_the_longest_attention_counts() -> None:
-    model = TwoTowers()
-    model.register_parameter("one", nn.Parameter(torch.zeros(1)))
-    assert not plain_is_faster(model, tokens())
 
 
 @pytest.mark.parametrize(

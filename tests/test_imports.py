@@ -33,7 +33,7 @@ LAYERS = [
     "stand_ins | feature_cache | prefix_sharing | conditions",
     "parts",
     "hooks",
-    "context | pia | lora",
+    "context | pia | lora | plain_attention",
     "cache | architectures | models",
     "distillation | asked",
     "pooling | masks",
