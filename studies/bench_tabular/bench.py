@@ -131,19 +131,20 @@ def summary(values: NDArray[np.float64], middle: Any = mean_interval) -> dict[st
 def main() -> None:
     """Replay, print the ratios and record them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    config = load_config(HERE)["bench"]
+    whole = load_config(HERE)
+    config, saved = whole["bench"], {name: table["saved"] for name, table in whole["tables"].items()}
     parser.add_argument("--quick", action="store_true", help="few seeds, and only the smallest budget")
     parser.add_argument("--table", help="a name of the configuration; all that were built if left out")
     parser.add_argument("--folder", type=Path, default=HERE, help="whose results folder holds the tables")
     parser.add_argument("--output", type=Path, default=HERE, help="whose results folder gets the figures")
     options = parser.parse_args()
     seeds, budgets = (5, config["budgets"][:1]) if options.quick else (config["seeds"], config["budgets"])
-    latest = {Table.load(path).name: path for path in sorted((options.folder / "results").glob("table-*.json"))}
+    latest = {Table.load(path, saved).name: path for path in sorted((options.folder / "results").glob("table-*.json"))}
     begin, content = time.perf_counter(), []
     for name, path in latest.items():
         if options.table not in (None, name):
             continue
-        table = Table.load(path)
+        table = Table.load(path, saved)
         for budget in budgets:
             samplers = ["eas", *config["samplers"]]
             jobs = (delayed(one_seed)(table, seed, config, samplers, budget) for seed in range(seeds))
@@ -162,7 +163,7 @@ def main() -> None:
                 strict = "" if one["strict"] is None else f"{one['strict']:.3f}"
                 shown.add_row(one["ratio"], mean, f"{low}-{high}", smallest, largest, strict)
             Console(width=110).print(shown)
-    record = {"seed": 0, "config": config, "runs": content, "seconds": time.perf_counter() - begin}
+    record = {"seed": 0, "config": config, "saved": saved, "runs": content, "seconds": time.perf_counter() - begin}
     print("wrote", write_result(options.output, "bench", record, {"note": "no figure depends on the hardware"}).name)
 
 

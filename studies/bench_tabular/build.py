@@ -159,7 +159,7 @@ def main() -> None:
     check(bench, supernet, right, config["checked_sets"], options.free)
     content = {
         "seed": table["seed"],
-        "table": {"latency_per_site": config["latency_per_site"], **table, "name": options.table, "free": options.free},
+        "table": {**table, "name": options.table, "free": options.free},
         "samples": {split: config[split] for split in SPLITS},
         "sites": [site.name for site in bench.sites],
         "towers": [site.tower for site in bench.sites],

@@ -28,19 +28,23 @@ class Table:
         name: in the study's configuration.
         record: how it was made, with the redundancy metrics' scores and what they cost.
         right: bool [2^L, samples], the samples of all splits together.
+        saved: share of the original model's prefill that a skipped site saves, by tower, and at `at_end` each FFN that
+            is spared all tokens but the last (see `eas_search.latency.terms`).
     """
 
     name: str
     record: dict[str, Any]
     right: NDArray[np.bool_]
+    saved: dict[str, float]
 
     @classmethod
-    def load(cls, record: Path) -> Table:
-        """From the record of `build.py`; the bits lie beside it."""
+    def load(cls, record: Path, saved: dict[str, dict[str, float]]) -> Table:
+        """From the record of `build.py`, beside which the bits lie, and what is saved, by table."""
         content = json.loads(record.read_text(encoding="utf-8"))
         packed, counts = load_file(record.with_suffix(".safetensors")), content["samples"]
         bits = [np.unpackbits(packed[split], axis=1, count=counts[split]) for split in counts]
-        return cls(content["table"]["name"], content, np.concatenate(bits, axis=1).astype(bool))
+        name = content["table"]["name"]
+        return cls(name, content, np.concatenate(bits, axis=1).astype(bool), saved[name])
 
     @property
     def free(self) -> int:
@@ -54,13 +58,16 @@ class Table:
 
     @property
     def latency(self) -> NDArray[np.float64]:
-        """Of every set relative to the original model, [2^L]: linear in the numbers of skipped sites of the towers."""
+        """Of every set relative to the original model, [2^L]: linear in the numbers of skipped sites, spared FFNs."""
         bits = np.arange(len(self.right))[:, None] >> np.arange(self.free) & 1
-        saved, latency = self.record["table"]["latency_per_site"], np.ones(len(self.right))
+        latency = np.ones(len(self.right))
         for tower in dict.fromkeys(self.towers):
             count = bits[:, [other == tower for other in self.towers]].sum(axis=1)
-            latency = latency - count * (saved[tower] if isinstance(saved, dict) else saved)
-        return latency
+            latency = latency - count * self.saved[tower]
+        (end,) = self.ends
+        behind = np.cumprod(bits[:, list(end)], axis=1).sum(axis=1)  # skipped from the last one on
+        spared = np.minimum(len(end), behind + 1) * bits[:, list(end)].any(axis=1)
+        return latency - spared * self.saved["at_end"]
 
     @property
     def ends(self) -> tuple[tuple[int, ...], ...]:
@@ -74,7 +81,11 @@ class Table:
             for i, (name, tower) in enumerate(zip(self.record["sites"][-self.free :], self.towers, strict=True))
         )
         dims = (int(self.record["table"]["pia_dim"]),)
-        return SearchSpace(sites, SpaceSettings(pia_dims=dims, placements=("parallel",)), SkipConfig(pia_dim=dims[0]))
+        choices, student = (
+            SpaceSettings(pia_dims=dims, placements=("parallel",)),
+            SkipConfig(pia_dim=dims[0], pooling="none"),
+        )
+        return SearchSpace(sites, choices, student, ends=self.ends)
 
     def rankings(self) -> dict[str, list[float]]:
         """Scores of the sites by metric."""

@@ -27,10 +27,10 @@ def table() -> Any:
     accuracy = 0.9 - bits @ np.array([0.005, 0.02, 0.05, 0.1, 0.2])
     difficulty = rng.random(1800)  # the same for all sets, as of real samples
     record = {
-        "table": {"free": SITES, "latency_per_site": 0.03, "pia_dim": 4},
+        "table": {"free": SITES, "pia_dim": 4},
         "sites": [f"layers.{i}" for i in range(SITES)],
     }
-    return Table("made up", record, difficulty < accuracy[:, None])
+    return Table("made up", record, difficulty < accuracy[:, None], {"text": 0.03, "at_end": 0.0})
 
 
 @pytest.fixture
@@ -74,12 +74,19 @@ def test_all_are_finalists_where_there_is_room(table: Any, judge: Any) -> None:
 def test_every_tower_has_its_own_price(table: Any) -> None:
     towers = ["text", "text", "vision", "text", "vision"]
     record = {**table.record, "towers": towers}
-    record["table"] = {**record["table"], "latency_per_site": {"text": 0.03, "vision": 0.01}}
-    other = type(table)("made up", record, table.right)
-    price = {"text": 0.03, "vision": 0.01}
+    price = {"text": 0.03, "vision": 0.01, "at_end": 0.0}
+    other = type(table)("made up", record, table.right, price)
     expected = [
         1 - sum(price[tower] for bit, tower in enumerate(towers) if number >> bit & 1) for number in range(2**SITES)
     ]
     np.testing.assert_allclose(other.latency, expected)
     assert len(set(other.latency.tolist())) == 4 * 3  # sets with equal counts have the very same latency
     assert [site.tower for site in other.space().sites] == towers
+
+
+def test_ffns_behind_the_last_attention_are_spared(table: Any) -> None:
+    other = type(table)("made up", table.record, table.right, {"text": 0.03, "at_end": 0.02})
+    cases = {0b00000: 0, 0b00001: 1, 0b10000: 2, 0b11000: 3, 0b01000: 1, 0b11111: 5}  # the last one is the highest bit
+    for number, spared in cases.items():
+        assert other.latency[number] == pytest.approx(1 - 0.03 * number.bit_count() - 0.02 * spared)
+    assert other.space().ends == ((4, 3, 2, 1, 0),)
