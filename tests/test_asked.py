@@ -238,6 +238,18 @@ def test_a_student_generates_what_the_definition_says(llama: Any, randomise: Ran
         assert torch.equal(model.generate(tokens, attention_mask=mask, **options), ids)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, about what it does not compile
+def test_a_compiled_model_answers_like_itself(llama: Any, randomise: Randomise, tokens: Tensor) -> None:
+    student: Any = randomise(apply_skips(llama, SkipConfig(skip=(2, 3), pia_dim=4, pooling="none")))
+    torch.compiler.reset()
+    compiled: Any = torch.compile(student, backend="eager")
+    with torch.no_grad():
+        whole = student(tokens, use_cache=False).logits
+        for keep in (1, 0, 3, 1):  # what was asked for last is not what is compiled in
+            found = compiled(tokens, logits_to_keep=keep, use_cache=False).logits
+            torch.testing.assert_close(found, whole[:, -keep:], atol=1e-5, rtol=1e-5)
+
+
 def test_llava_agrees(llava: Any, randomise: Randomise, image_prompt: dict[str, Tensor]) -> None:
     student: Any = randomise(apply_skips(llava, SkipConfig(skip=(2, 3, 5), pia_dim=4, pooling="none")))
     for model in (student, merge(student).eval()):

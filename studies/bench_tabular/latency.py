@@ -2,7 +2,8 @@
 
 python studies/bench_tabular/latency.py [--table towers]
 
-A predictor is fitted as in a search, several passes; the constants are the linear part of what it says of random sets.
+A predictor is fitted as in a search, but to longer timings; the constants are the linear part of what it says of random
+sets.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from eas_search.latency.config import LatencyConfig
 from eas_search.latency.terms import last_sites
 from eas_search.plugins import load_plugins
 from eas_search.prediction import predictor_stage
@@ -41,7 +43,11 @@ def main() -> None:
         "placements": ["parallel"],
     }
     settings = SearchSettings(
-        model=config["model"], task=table.get("task", config["task"]), space=space, seed=table["seed"]
+        model=config["model"],
+        task=table.get("task", config["task"]),
+        space=space,
+        seed=table["seed"],
+        fit_latency=LatencyConfig.fast(rounds=40, blocks=2, warmup=1, time_limit_s=90.0),
     )
     bench = Workbench.open(settings)
     with tempfile.TemporaryDirectory() as folder:

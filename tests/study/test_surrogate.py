@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -162,6 +163,17 @@ def test_sites_of_two_towers_are_counted_apart() -> None:
     assert front.levels[0, 2] == 0.5
     assert front.levels[1, 1] == 0.0
     assert Front(space, [text, vision, both], np.array([0.9, 0.5, 0.6])).members == [text, both]
+
+
+def test_sites_with_no_attention_behind_them_count_twice() -> None:
+    pooled = space_of(4)
+    unpooled = replace(pooled, student=SkipConfig(pooling="none"), ends=((3, 2, 1, 0),))
+    for space, rows in ((pooled, [1, 2, 2, 4]), (unpooled, [2, 4, 5, 8])):
+        tried = [space.config(skip) for skip in ([0], [0, 3], [2, 3], [0, 1, 2, 3])]
+        front = Front(space, tried, np.array([0.9, 0.8, 0.7, 0.1]))
+        assert front.loads(tried)[:, 0].tolist() == rows
+        # Of two sets of one size the later one is also on the front if it is less accurate.
+        assert front.members == [tried[0], tried[1], *([tried[2]] if space is unpooled else []), tried[3]]
 
 
 def test_the_sampler_does_better_than_chance_on_a_made_up_truth() -> None:
