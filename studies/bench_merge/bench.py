@@ -21,7 +21,7 @@ from eas_search.latency import LatencyConfig, measure_latency
 from eas_search.merging import merge
 from eas_search.settings import SearchSettings
 from eas_search.skip_config import SkipConfig
-from eas_search.skipping import adapter_parameters, apply_skips
+from eas_search.skipping import adapter_parameters, apply_skips, compute_all_tokens
 from eas_search.workbench import Workbench
 
 HERE = Path(__file__).parent
@@ -69,7 +69,9 @@ def compare(
     skip = tuple(config["skipped"])
     deleted, again = (apply_skips(model, SkipConfig(skip=skip, pia_dim=0, pooling="none")).eval() for _ in range(2))
     generator = torch.Generator().manual_seed(config["seed"])
-    candidates = {"deleted (A/A)": again}
+    every = apply_skips(model, SkipConfig(skip=skip, pia_dim=0, pooling="none")).eval()
+    compute_all_tokens(every)
+    candidates = {"deleted (A/A)": again, "deleted, every token computed": every}
     forms = itertools.product(config["pia_dims"], ("ffn", "parallel", "residual"), ("none", "prompt"))
     for rank, placement, pooling in forms:
         student = apply_skips(model, SkipConfig(skip=skip, pia_dim=rank, placement=placement, pooling=pooling))
