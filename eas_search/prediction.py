@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -83,25 +83,36 @@ def predictor_stage(bench: Workbench, folder: StageFolder) -> LatencyPredictor:
         begin = time.perf_counter()
         classes = bench.site_classes
         configs, latency = measured_configs(bench.space, classes), bench.settings.fit_latency
-        rows, ratios, errors = list[Row](), list[float](), list[float]()
+        rows, passes, errors = list[Row](), list[list[float]](), list[float]()
         for phases, from_one in islice(_passes(bench, configs), bench.settings.fit_passes):
-            rows += [terms_of(config, classes) for config in configs]
-            ratios += [phase.ratio.estimate for phase in phases]
+            rows += [terms_of(config, classes) for config in (*configs, *configs[:from_one])]
+            passes.append([*(phase.ratio.estimate for phase in phases), *[1.0] * from_one])
             errors += [phase.error for phase in phases]
-            if from_one:
-                rows, ratios = [*rows, terms_of(configs[0], classes)], [*ratios, 1.0]
+            ratios = alike(passes)
             noise = float(np.sqrt(np.mean(np.square(errors))))
             fitted = fit_predictor(rows, ratios, latency.confidence, latency.process_sd, noise, from_one=from_one)
             if fitted.standard_error <= PRECISE:
                 break
         content = {
             "predictor": fitted.to_dict(),
-            "measured": [{**row, "ratio": ratio} for row, ratio in zip(rows, ratios, strict=True)],
+            "measured": [{**row, "ratio": ratio} for row, ratio in zip(rows, chain(*passes), strict=True)],
             "seconds": time.perf_counter() - begin,
         }
         folder.write("predictor", content, {})
     bench.predictor = LatencyPredictor.from_dict(content["predictor"])
     return bench.predictor
+
+
+def alike(passes: Sequence[Sequence[float]]) -> list[float]:
+    """The ratios of all passes, one after the other, without what the passes differ by on the whole.
+
+    Those of one pass share the error of its timing of the original model.
+
+    Args:
+        passes: of the same configurations each.
+    """
+    logs = np.log(passes)
+    return [float(ratio) for ratio in np.exp(logs - logs.mean(axis=1, keepdims=True) + logs.mean()).ravel()]
 
 
 def _passes(bench: Workbench, configs: Sequence[SkipConfig]) -> Iterator[tuple[list[PhaseLatency], bool]]:
