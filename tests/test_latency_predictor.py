@@ -325,7 +325,7 @@ def test_a_pass_whose_original_was_disturbed_does_no_harm(monkeypatch: pytest.Mo
     fitted = prediction.predictor_stage(bench, StageFolder(tmp_path))
     asked = [space.config(range(first, 12), 1) for first in range(12)]
     errors = [fitted.predict(terms_of(config, classes))[0] / made_up(config) * whole - 1 for config in asked]
-    assert np.abs(errors).mean() < 0.01
+    assert np.abs(errors).mean() < 0.015
     assert fitted.leave_one_out < 0.05  # 15 % if the passes were not brought together
 
 
