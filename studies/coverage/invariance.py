@@ -1,7 +1,8 @@
-"""What must not matter: other samples of the batch, the content of padding, and later tokens for earlier ones."""
+"""What must not matter: other samples, the content of padding, later tokens for earlier ones, logits not asked for."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -53,6 +54,14 @@ def earlier(model: Any, inputs: dict[str, Tensor]) -> float:
     return difference({"logits": before[:, :-1]}, {"logits": after[:, :-1]})
 
 
+def last(model: Any, inputs: dict[str, Tensor]) -> float:
+    """How the last position's logits change when no others are asked for."""
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise ValueError("always gives all logits")
+    every = outputs(model, inputs)["logits"][:, -1:]
+    return difference({"logits": every}, {"logits": outputs(model, {**inputs, "logits_to_keep": 1})["logits"]})
+
+
 def invariance(case: Case) -> dict[str, Any]:
     """What leaves the intact model's answers alone must leave the student's alone."""
     pooled = merged_student(case)
@@ -62,6 +71,8 @@ def invariance(case: Case) -> dict[str, Any]:
     if any(site.causal for site in case.sites):
         causal = [site for site in case.chosen() if site.causal]
         questions["causality"] = (earlier, merged_student(case, causal, pooling="prefix"))
+        every = [site for site in case.sites if site.causal]  # as many blocks as can compute the last token alone
+        questions["last token"] = (last, merged_student(case, every, pooling="none"))
     found: dict[str, Any] = {}
     for name, (question, student) in questions.items():
         try:
