@@ -132,15 +132,19 @@ class AdaptedAttention(StudentPart):
 
 
 class SparingFfn(StudentPart):
-    """The FFN of a block that understands its tokens one by one: behind the last attention, only those asked for."""
+    """An FFN that takes its tokens one by one: behind the last attention, only those that are asked for."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See the original class; what it gives for tokens that reach nothing is 0."""
         forward, now = super(StudentPart, self).forward, self.eas_context.now
         asked = now.asked
-        if asked is None or self.eas_site.layer != asked.since - 1 or x.shape[:-1] != now.shape:
-            return forward(x, *args, **kwargs)
-        return asked.alone(x, lambda tokens: forward(tokens, *args, **kwargs))
+        here = asked is not None and self.eas_site.layer == asked.since - 1
+        if asked is None or not here or len(args) + len(kwargs) != 1:  # who gives it more may mean single tokens
+            return forward(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        if x.shape[:-1] != now.shape:
+            return forward(*args, **kwargs)
+        return asked.alone(x, lambda tokens: forward(tokens) if args else forward(**dict.fromkeys(kwargs, tokens)))
 
 
 def adapt_attention(model: nn.Module, site: AttentionSite, config: SkipConfig, context: TokenContext) -> None:

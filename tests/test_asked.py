@@ -329,3 +329,24 @@ def test_blocks_that_mix_tokens_are_found_out(llama: Any, tokens: Tensor) -> Non
 def test_nothing_is_claimed_without_labels(llama: Any, tokens: Tensor) -> None:
     student = apply_skips(llama, SkipConfig(skip=(3,), pia_dim=0))
     assert not labels_suffice(student, {"input_ids": tokens}, 1e-4)
+
+
+class ByName(nn.Module):
+    """A block's FFN that is called by keyword."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.inner(x=x)
+        return made
+
+
+def test_an_ffn_may_be_called_by_keyword(llama: Any, randomise: Randomise, tokens: Tensor) -> None:
+    student: Any = randomise(apply_skips(llama, SkipConfig(skip=(2, 3), pia_dim=4, pooling="none")))
+    batch = batch_of(tokens)
+    with torch.no_grad(), only_labelled():
+        expected = student(**batch, use_cache=False).logits
+        student.model.layers[1].mlp = ByName(student.model.layers[1].mlp)
+        torch.testing.assert_close(student(**batch, use_cache=False).logits, expected, rtol=0, atol=0)
