@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from eas_search.masks import IGNORED_LABEL
+from eas_search.masks import predicting
 
 # With any of these a caller sees what all tokens are inside.
 _OUTPUTS = ("output_hidden_states", "output_router_logits")
@@ -41,14 +40,18 @@ class Asked:
 
     def alone(self, x: Tensor, ffn: Callable[[Tensor], Tensor]) -> Tensor:
         """What `ffn` makes of the tokens asked for among x [B, n, d]; zeros for the others."""
-        rows, index = x.flatten(0, 1), self.index.to(x.device)
-        made = ffn(rows[index].unsqueeze(0)).squeeze(0)
+        rows, index, made = self._made(x, ffn)
         return made.new_zeros(rows.shape).index_copy(0, index, made).view_as(x)
 
     def update(self, x: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
         """x [B, n, d] with what `block` makes of the tokens asked for, [1, T, d], in their place."""
+        rows, index, made = self._made(x, block)
+        return rows.index_copy(0, index, made.to(x.dtype)).view_as(x)
+
+    def _made(self, x: Tensor, part: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(x as rows [B · n, d], the places where it is, what `part` makes of the rows there [T, d])."""
         rows, index = x.flatten(0, 1), self.index.to(x.device)
-        return rows.index_copy(0, index, block(rows[index].unsqueeze(0)).squeeze(0).to(x.dtype)).view_as(x)
+        return rows, index, part(rows[index].unsqueeze(0)).squeeze(0)
 
 
 class _Wish(threading.local):
@@ -90,7 +93,7 @@ def places(asked: int | Tensor, shape: tuple[int, int], device: torch.device) ->
     """[T], the places of the tokens asked for among B · n; None: all of them, or nobody knows.
 
     Args:
-        asked: see `asked_of`. The logits of a token predict the label behind it.
+        asked: see `asked_of`.
         shape: (B, n).
         device: of the tokens.
     """
@@ -101,7 +104,7 @@ def places(asked: int | Tensor, shape: tuple[int, int], device: torch.device) ->
         return torch.arange(rows * n, device=device).view(rows, n)[:, n - asked :].flatten()
     if tuple(asked.shape) != (rows, n):
         return None
-    return F.pad(asked[:, 1:] != IGNORED_LABEL, (0, 1)).flatten().nonzero().flatten().to(device)
+    return predicting(asked).flatten().nonzero().flatten().to(device)
 
 
 def first_alone(blocks: nn.Module) -> int:

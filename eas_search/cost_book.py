@@ -45,7 +45,7 @@ class CostBook:
         blocks = {path: module for path, module in modules.items() if _BLOCK.fullmatch(path)}
         ends = _behind_last_attention(modules, blocks)
         keys: dict[str, object] = {
-            path: (shapes, path.rpartition(".")[0], max(-2, ends[path]), structure(block.named_modules()))
+            path: (shapes, path.rpartition(".")[0], ends[path], structure(block.named_modules()))
             for path, block in blocks.items()
         }
         keys[""] = (shapes, tuple(blocks), structure(item for item in modules.items() if not _IN_BLOCK.match(item[0])))
@@ -60,15 +60,15 @@ class CostBook:
 
 
 def _behind_last_attention(modules: Mapping[str, nn.Module], blocks: Iterable[str]) -> dict[str, int]:
-    """By path: 0 for blocks that a prefill runs for its last token alone, see `asked`; less in front of them.
+    """By path: 0 for blocks that a prefill runs for its last token alone, see `asked`; -1 where it runs the FFN so.
 
-    -1 is the block whose FFN it runs so.
+    -2 in front of these.
     """
     found = dict[str, int]()
     for path in {path.rpartition(".")[0] for path in blocks}:
         first = first_alone(modules[path])
         for position, (name, _) in enumerate(modules[path].named_children()):
-            found[f"{path}.{name}"] = min(0, position - first)
+            found[f"{path}.{name}"] = max(-2, min(0, position - first))
     return found
 
 

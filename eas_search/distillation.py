@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eas_search.masks import IGNORED_LABEL
+from eas_search.masks import IGNORED_LABEL, predicting
 
 
 def judged(model: Any, batch: dict[str, Tensor], logits: Tensor) -> Tensor:
@@ -26,11 +26,10 @@ def judged(model: Any, batch: dict[str, Tensor], logits: Tensor) -> Tensor:
         mask = batch.get("attention_mask")
         whole = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
         return mask.bool() if mask is not None and mask.shape == whole.shape else whole
-    wanted = labels != IGNORED_LABEL
     behind_encoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     if any(site.causal for site in model.eas.sites) and not behind_encoder:
-        wanted = F.pad(wanted[:, 1:], (0, 1))  # a decoder's logits predict the next token
-    return wanted
+        return predicting(labels)
+    return labels != IGNORED_LABEL
 
 
 def distilled_loss(

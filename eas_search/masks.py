@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 IGNORED_LABEL = -100
@@ -12,6 +13,11 @@ IGNORED_LABEL = -100
 def question_mask(labels: Tensor) -> Tensor:
     """1 for every token before the first labelled one (LLaVA-EAS's rule), [B, n] bool."""
     return (labels != IGNORED_LABEL).cumsum(dim=1) == 0
+
+
+def predicting(labels: Tensor) -> Tensor:
+    """Which tokens' logits predict a label, [B, n] bool: a decoder's logits at i are for token i + 1."""
+    return F.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1))
 
 
 def seen_tokens(mask: Tensor) -> Tensor:

@@ -126,12 +126,12 @@ def _passes(bench: Workbench, configs: Sequence[SkipConfig]) -> Iterator[tuple[l
         while True:
             yield _prefills(bench, models), _is_the_original(bench, models[0])
     while True:
-        phases, same = list[PhaseLatency](), list[bool]()
+        phases, same = list[PhaseLatency](), False
         for config in configs:
             model = merge(bench.student(config)).eval()
+            same = same if phases else _is_the_original(bench, model)
             phases += _prefills(bench, [model])
-            same.append(_is_the_original(bench, model))
-        yield phases, same[0]
+        yield phases, same
 
 
 def _is_the_original(bench: Workbench, merged: nn.Module) -> bool:

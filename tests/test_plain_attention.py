@@ -9,24 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_conditions import llama, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from eas_search.conditions import Conditions
 from eas_search.plain_attention import SHORT, all_short, plain, step_by_step
 
 FUSED = F.scaled_dot_product_attention
-
-
-def llama(**changes: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes, **changes)).eval()
-
-
-def tokens(count: int = 12, rows: int = 3) -> dict[str, Tensor]:
-    return {"input_ids": torch.randint(50, (rows, count), generator=torch.Generator().manual_seed(0))}
 
 
 @settings(deadline=None)

@@ -59,13 +59,13 @@ def _describe(task: Task, processor: Any, sample: Mapping[str, Tensor], pooling:
     masks = sample["attention_mask"].reshape(texts.shape).bool()
     for ids, mask in zip(texts, masks, strict=True):
         labelled = labels != IGNORED if labels.dim() == 1 else torch.zeros_like(mask)
-        pooled = mask & (labelled.cumsum(dim=0) == 0) if pooling == "prompt" else mask
         if pooling != "prefix":
             yield f"prompt: {_text(tokenizer, ids[mask & ~labelled])}"
         if labelled.any():
             yield f"labels: {_text(tokenizer, ids[labelled])}"
         if pooling == "none":
             continue
+        pooled = mask & (labelled.cumsum(dim=0) == 0) if pooling == "prompt" else mask
         what = "each token sees those up to itself" if pooling == "prefix" else _text(tokenizer, ids[pooled])
         yield f"pooled: {int(pooled.sum())} of {int(mask.sum())} tokens: {what}"
 

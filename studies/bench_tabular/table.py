@@ -81,10 +81,8 @@ class Table:
             for i, (name, tower) in enumerate(zip(self.record["sites"][-self.free :], self.towers, strict=True))
         )
         dims = (int(self.record["table"]["pia_dim"]),)
-        choices, student = (
-            SpaceSettings(pia_dims=dims, placements=("parallel",)),
-            SkipConfig(pia_dim=dims[0], pooling="none"),
-        )
+        choices = SpaceSettings(pia_dims=dims, placements=("parallel",))
+        student = SkipConfig(pia_dim=dims[0], pooling="none")
         return SearchSpace(sites, choices, student, ends=self.ends)
 
     def rankings(self) -> dict[str, list[float]]:
