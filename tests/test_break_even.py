@@ -22,6 +22,8 @@ from eas_search.break_even.table import integers
 from eas_search.break_even.values import BreakEven
 from eas_search.exceptions import ConfigError, UnsupportedModelError
 from eas_search.models.shallow import period, shallow_model
+from eas_search.skip_config import SkipConfig
+from eas_search.skipping import apply_skips
 
 COUNT = BreakEvenSettings(contexts=(64, 640), batches=(1, 32), measure="never", dtype="bfloat16", device="cpu")
 SMALL = {
@@ -65,6 +67,12 @@ def test_the_share_of_a_whole_model_follows_from_two_blocks() -> None:
     # A student that takes 0.5 s more, once, takes 13.5 s with twelve blocks: not 0.25 s more for each.
     slower = {"deleted": ratio(3.5 / 5), "rest": ratio(1 / 5), "deleted_rest": ratio(1.5 / 5)}
     assert _gain(slower, 5.0, (2, 12)).share == pytest.approx(1 - 13.5 / 25)
+    # One token takes 0.25 s in both blocks' FFNs, of 2 s for the whole prompt: at the end of a stack 1.75 s are saved.
+    spared = _gain(exact, 5.0, (2, 12), one_token=0.25)
+    assert spared.spared == pytest.approx(6 * 1.75 / 25)
+    assert spared.speedup_of_last(3, 12) == pytest.approx(25 / (25 - 3 * 1 - 4 * 0.875))
+    assert spared.speedup_of_last(12, 12) == pytest.approx(25 / (25 - 12 * 1.875))
+    assert gain.spared == 0.0
     # Without attention nothing is left of a block, whatever the noise says about the rest.
     empty = {"deleted": ratio(1 / 5), "rest": ratio(1 / 5), "deleted_rest": ratio(1 / 4)}
     assert _gain(empty, 5.0, (2, 12)).share == pytest.approx(24 / 25)
@@ -88,6 +96,7 @@ def test_a_7b_model_by_hand() -> None:
         scores = 4 * 4096 * n * (n + 1) / 2
         flops = 32 * (2 * (attention + ffn) * n + scores) + 2 * head
         assert point.prefill.share == pytest.approx(32 * (2 * attention * n + scores) / flops)
+        assert point.prefill.spared == pytest.approx(32 * 2 * ffn * (n - 1) / flops)
         cache = 2 * 2 * 4096 * n * 32
         assert point.kv_bytes == cache
         bytes_read = 2 * (32 * (attention + ffn) + head) + batch * cache
@@ -155,6 +164,29 @@ def test_what_is_measured_are_blocks_without_attention_and_no_blocks(build_llama
     assert flops(models["rest"], inputs) == flops(models["deleted_rest"], inputs) == 2 * head
 
 
+@pytest.mark.parametrize("last", [1, 3])
+def test_the_last_attentions_save_what_is_counted(build_llama: Any, last: int) -> None:
+    """Against what torch counts in a student; its fused attention is counted as nothing on both sides."""
+    model = build_llama(num_hidden_layers=6)
+    skip = tuple(range(6 - last, 6))
+    student = apply_skips(model, SkipConfig(skip=skip, pia_dim=0, pooling="none"))
+    inputs = model_inputs(model, "text", 1, 10)
+    stack = main_stack(model)
+    whole = sum(cost.flops(10) for cost in stack.costs) / stack.prefill_share(10)
+    scores = sum(cost.heads.score_flops(cost.pairs(10)) for cost in stack.costs)
+    assert flops(model, inputs) == pytest.approx(whole - scores)
+    gone = sum(cost.flops_per_token * 10 for cost in stack.costs[:last])
+    spared = stack.spared_share(10) * whole * (last + 1) / 6
+    assert flops(model, inputs) - flops(student, inputs) == pytest.approx(gone + spared)
+
+
+def test_only_decoders_asked_for_their_last_token_spare_the_rest(build_llama: Any, vit: nn.Module) -> None:
+    assert main_stack(build_llama()).spares
+    assert not main_stack(vit).spares
+    assert not main_stack(build_llama().model).spares  # without its head nobody asks for a token's logits
+    assert not main_stack(build("Jamba", num_hidden_layers=8, use_mamba_kernels=False)).spares
+
+
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("name", ["llama", "llava", "Bert", "vit"])
 def test_small_models_are_measured(
@@ -170,6 +202,8 @@ def test_small_models_are_measured(
     for point in found.points:
         assert point.context == (17 if name == "vit" else 8)
         assert all(gain.measured and gain.low <= gain.share <= gain.high < 1 for gain in point.gains.values())
+        assert 0 <= point.prefill.spared < 1  # so few tokens may take no longer than one
+        assert point.prefill.spared == 0 or name in ("llama", "llava")
         assert set(point.gains) == ({"prefill", "decode"} if name in ("llama", "llava") else {"prefill"})
     built = found.layers if whole else 2
     assert f"measured on cpu in float32: {built} of {found.layers} blocks" in found.method
@@ -264,6 +298,18 @@ def test_it_says_where_skipping_pays_and_where_not() -> None:
         GridPoint(64, 1, Gain.counted(0.05), Gain(0.2, -0.1, 0.5, 0.01), 100),
         GridPoint(64, 8, Gain.counted(0.5), Gain(0.02, 0.01, 0.03, 0.01), 100),
     )
+    spared = (
+        GridPoint(64, 1, Gain.counted(0.05, 0.8), None, 0),
+        GridPoint(64, 8, Gain.counted(0.5, 0.4), None, 0),
+        GridPoint(9, 1, Gain.counted(0.02, 0.04), None, 0),
+    )
+    assert BreakEven("Llama", "text", 4, spared, "", (), {}).verdicts == (
+        "Skipping pays in prefill at context×batch 64×1 only at the end of the stack: elsewhere at most 1.05x, with "
+        "every attention skipped.",
+        "Skipping cannot pay in prefill at context×batch 9×1: at most 1.02x, with every attention skipped.",
+        "Most in prefill: at context 64, batch 8, 1.33x with half of the attentions skipped (2.22x if it is the last "
+        "half), 2.00x with all.",
+    )
     found = BreakEven("Llama", "text", 4, points, "", (), {}).verdicts
     assert found == (
         "Skipping cannot pay in prefill at context×batch 64×1: at most 1.05x, with every attention skipped.",
@@ -292,3 +338,5 @@ def test_the_command_prints_the_grid_and_writes_json(
     assert grid[0]["kv_bytes_saved_per_sample"] == {"3": 196608, "6": 393216, "12": 12 * 2 * 128 * 64 * 4}
     first = grid[0]["prefill"]
     assert first["speedup"]["12"] == pytest.approx(1 / (1 - first["share"]))
+    assert first["speedup_of_last"]["6"] == pytest.approx(1 / (1 - first["share"] / 2 - first["spared"] * 7 / 12))
+    assert grid[0]["decode"]["speedup_of_last"] == {}

@@ -42,8 +42,9 @@ def break_even(
 
     S(k) = 1 / (1 - a k/L), with L attentions, k of them skipped, and a their share of the time, measured with all of
     them deleted from a few blocks of the real size with random weights; see `measured`. Where that is not sensible a is
-    the share of FLOPs (prefill) or of bytes read (decode). The part of a model is its main stack (the text tower of a
-    multimodal one) with embeddings and head.
+    the share of FLOPs (prefill) or of bytes read (decode). The last k of a decoder gain more in prefill, see
+    `Gain.speedup_of_last`. The part of a model is its main stack (the text tower of a multimodal one) with embeddings
+    and head.
 
     Args:
         model: of which only the class, the configuration and the shapes are read; it may be on the meta device.
@@ -185,7 +186,7 @@ def _point(stack: Stack, point: Point, measured: tuple[Gain, Gain | None] | None
     if measured is not None:
         prefill, decode = measured
     else:
-        prefill = Gain.counted(stack.prefill_share(context))
+        prefill = Gain.counted(stack.prefill_share(context), stack.spared_share(context))
         decode = Gain.counted(stack.decode_share(context, batch, itemsize)) if stack.causal else None
     return GridPoint(context, batch, prefill, decode, stack.kv_bytes(context, itemsize))
 

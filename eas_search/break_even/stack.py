@@ -10,6 +10,7 @@ from torch import nn
 from eas_search.architectures import AttentionSite, attention_sites, refused_sites
 from eas_search.costs import SiteCost, matrices, refused_scores, site_cost
 from eas_search.exceptions import UnsupportedModelError
+from eas_search.models.calling import last_logits
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,31 @@ class Stack:
         module = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
         return module.weight.numel() if module is not None else 0
 
+    @property
+    def spares(self) -> bool:
+        """Whether blocks at its end, once their attentions are skipped, compute the last token only, see `asked`."""
+        understood = all(site.causal and site.whole for site in self.sites)
+        return understood and len(self.sites) == len(self.blocks) and bool(last_logits(self.model))
+
     def prefill_share(self, tokens: int) -> float:
         """The attentions' share of the FLOPs of a prefill, whatever the batch."""
-        attention = sum(cost.flops(tokens) for cost in self.costs)
+        return sum(cost.flops(tokens) for cost in self.costs) / self._prefill_flops(tokens)
+
+    def spared_share(self, tokens: int) -> float:
+        """The share of a prefill's FLOPs that all blocks would save at the stack's end, beside their attentions."""
+        if not self.spares:
+            return 0.0
+        per_token = self._flops_per_token() - sum(cost.flops_per_token for cost in self.costs)
+        return per_token * (tokens - 1) / self._prefill_flops(tokens)
+
+    def _flops_per_token(self) -> float:
+        return sum(2 * entries * share for entries, share in self.matrices())
+
+    def _prefill_flops(self, tokens: int) -> float:
         scores = sum(cost.heads.score_flops(cost.pairs(tokens)) for cost in self.costs)
         refused = [name for name in refused_sites(self.model) if name.startswith(tuple(f"{b}." for b in self.blocks))]
         scores += sum(refused_scores(self.model, name, tokens) for name in refused)
-        whole = sum(2 * entries * share for entries, share in self.matrices()) * tokens + scores + 2 * self.head()
-        return attention / whole
+        return self._flops_per_token() * tokens + scores + 2 * self.head()
 
     def decode_share(self, tokens: int, batch: int, itemsize: int) -> float:
         """The attentions' share of the bytes that one decode step reads: matrices once, the cache of every sample."""

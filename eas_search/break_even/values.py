@@ -59,17 +59,20 @@ class Gain:
         low, high: of a, where a repeated measurement falls with 95 % confidence; equal to `share` where it is counted.
         seconds: that the measured blocks took with their attentions (one pass, or one decode step); None where a is a
             share of FLOPs (prefill) or of bytes read (decode).
+        spared: f, the share of the time that the blocks take beside their attentions for tokens other than the last.
+            Behind the last attention nobody asks for these (see `asked`).
     """
 
     share: float
     low: float
     high: float
     seconds: float | None
+    spared: float = 0.0
 
     @classmethod
-    def counted(cls, share: float) -> Gain:
+    def counted(cls, share: float, spared: float = 0.0) -> Gain:
         """By formula."""
-        return cls(share, share, share, None)
+        return cls(share, share, share, None, spared)
 
     @property
     def measured(self) -> bool:
@@ -84,6 +87,13 @@ class Gain:
     def speedup(self, fraction: float) -> float:
         """S when this fraction k/L of the attentions is skipped."""
         return 1 / (1 - self.share * fraction)
+
+    def speedup_of_last(self, k: int, layers: int) -> float:
+        """S when the last k of `layers` attentions are skipped: 1 / (1 - a k/L - f (k + 1)/L).
+
+        The block in front of them is the first that need not hand on every token.
+        """
+        return 1 / (1 - self.share * k / layers - self.spared * min(k + 1, layers) / layers)
 
 
 @dataclass(frozen=True)
@@ -105,12 +115,13 @@ class GridPoint:
         return {"prefill": self.prefill} | ({} if self.decode is None else {"decode": self.decode})
 
     def to_dict(self, layers: int) -> dict[str, Any]:
-        """For JSON; speed-ups when a quarter, half and all of `layers` attentions are skipped."""
+        """For JSON; speed-ups when a quarter, half and all of `layers` attentions are skipped, and of the last ones."""
         phases = {
             phase: {
                 **asdict(gain),
                 "measured": gain.measured,
                 "speedup": {str(k): gain.speedup(k / layers) for k in skipped(layers)},
+                "speedup_of_last": {str(k): gain.speedup_of_last(k, layers) for k in skipped(layers)[:2] if gain.spared},
             }
             for phase, gain in self.gains.items()
         }
@@ -154,10 +165,18 @@ class BreakEven:
             best = {place: gain.speedup(1) for place, gain in gains.items()}
             unclear = {place: gain for place, gain in gains.items() if gain.undecided}
             poor = {p: value for p, value in best.items() if value < WORTHWHILE and p not in unclear}
-            if poor:
+            half = skipped(self.layers)[1]
+            at_end = {p: gain.speedup_of_last(half, self.layers) for p, gain in gains.items() if gain.spared}
+            only_there = {p: value for p, value in poor.items() if at_end.get(p, 0.0) >= WORTHWHILE}
+            if only_there:
                 sentences.append(
-                    f"Skipping cannot pay in {phase} at context×batch {_places(poor)}: at most "
-                    f"{max(poor.values()):.2f}x, with every attention skipped."
+                    f"Skipping pays in {phase} at context×batch {_places(only_there)} only at the end of the stack: "
+                    f"elsewhere at most {max(only_there.values()):.2f}x, with every attention skipped."
+                )
+            if nowhere := {p: value for p, value in poor.items() if p not in only_there}:
+                sentences.append(
+                    f"Skipping cannot pay in {phase} at context×batch {_places(nowhere)}: at most "
+                    f"{max(nowhere.values()):.2f}x, with every attention skipped."
                 )
             if unclear:
                 sentences.append(
@@ -166,9 +185,10 @@ class BreakEven:
                 )
             if clear := {p: value for p, value in best.items() if p not in poor and p not in unclear}:
                 place = max(clear, key=lambda p: clear[p])
+                last = f" ({at_end[place]:.2f}x if it is the last half)" if place in at_end else ""
                 sentences.append(
                     f"Most in {phase}: at context {place[0]}, batch {place[1]}, {gains[place].speedup(0.5):.2f}x with "
-                    f"half of the attentions skipped, {clear[place]:.2f}x with all."
+                    f"half of the attentions skipped{last}, {clear[place]:.2f}x with all."
                 )
         return tuple(sentences)
 
