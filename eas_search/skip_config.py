@@ -104,7 +104,7 @@ class SkipConfig(BaseModel):
         """Read a configuration written by `save`; raises `ConfigError` when the file is not one."""
         path = Path(path)
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+            return cls.model_validate_json(path.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not a text file"
             raise ConfigError(f"skip configuration {str(path)!r} cannot be read: {reason}; check the path") from error

@@ -17,7 +17,7 @@ def read_study_file(path: Path) -> dict[str, Any]:
         ConfigError: it cannot be read, or is not a YAML mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise ConfigError(f"study file {str(path)!r} cannot be read ({reason}); check the path") from error

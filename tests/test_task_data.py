@@ -75,6 +75,19 @@ def test_every_format_gives_the_same_rows_without_network(tmp_path: Path, name: 
     assert task.labels == ("bad", "good")
 
 
+@pytest.mark.parametrize("name", ["data.csv", "data.tsv", "data.json", "data.jsonl"])
+def test_words_for_nothing_are_words_and_marks_of_an_editor_are_not(tmp_path: Path, name: str) -> None:
+    """Windows' editors put a byte order mark in front; "NA" and "None" may be classes."""
+    rows = [{"text": f"text {i}", "label": ("NA", "None", "null", "1")[i % 4]} for i in range(40)]
+    file = write_table(tmp_path / name, rows)
+    file.write_text(file.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert get_task("text-classification", file).labels == ("1", "NA", "None", "null")  # type: ignore[attr-defined]
+    if file.suffix in (".csv", ".tsv"):
+        file.write_text(file.read_text(encoding="utf-8-sig") + ("x,\n" if name == "data.csv" else "x\t\n"))
+        with pytest.raises(TaskDataError, match="has no 'label'"):
+            get_task("text-classification", file).examples("train")
+
+
 def test_a_folder_with_a_file_per_split_is_taken_as_it_is(tmp_path: Path) -> None:
     for name, part in (("my_train.csv", ROWS[:10]), ("dev.jsonl", ROWS[10:16]), ("test-2.parquet", ROWS[16:])):
         write_table(tmp_path / name, part)
@@ -232,6 +245,7 @@ def test_an_example_that_is_alone_in_its_class_stays_in_training(tmp_path: Path)
     [
         ("slake_test_head", "test"),
         ("val", "validation"),
+        ("my_eval", "validation"),
         ("train-00000-of-00002", "train"),
         ("contest", None),
         ("x", None),
@@ -352,6 +366,12 @@ def test_a_line_ends_where_json_lines_says_so(tmp_path: Path) -> None:
         task = get_task("vqa", file)
         found = [e.prompt for split in ("train", "validation", "test") for e in task.examples(split)]  # type: ignore[arg-type]
         assert sorted(found) == sorted(record["conversations"][0]["value"] for record in records)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_questions(tmp_path: Path) -> None:
+    file = tmp_path / "talks.json"
+    file.write_text(json.dumps([talk(f"what is {i} ?", "dog") for i in range(12)]), encoding="utf-8-sig")
+    assert len(get_task("vqa", file).examples("train")) == 10
 
 
 def test_two_files_for_one_split_are_refused(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def find(folder: Path, places: Sequence[str], source: str) -> Path:
 def read_json(file: Path, source: str, lines: bool = False) -> Any:
     """Content of a JSON file, or the list of a file with one JSON value per line. Raises TaskDataError."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         # Only "\n" ends a line: `splitlines` would also cut at separators that JSON texts may hold, such as U+2028.
         return [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
     except (OSError, ValueError) as error:

@@ -90,7 +90,7 @@ def _chosen(prediction: Any, choices: Sequence[str]) -> int | None:
 def read_predictions(file: Path) -> dict[str, int | str]:
     """Predictions by problem id from JSON: `{"4": 1, "5": "B"}`. Raises TaskDataError."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not JSON"
         raise TaskDataError(

@@ -66,7 +66,7 @@ def read_captions(folder: Path) -> dict[str, str]:
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
     try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        content = json.loads((folder / name).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not JSON"
         raise TaskDataError(f"'{name}' cannot be read in '{folder}' ({reason}); expected {SOURCE}.") from error

@@ -17,6 +17,8 @@ from eas_search.tasks.base import SPLITS, Example, Split, Task, limited
 from eas_search.tasks.order import by_digest
 from eas_search.tasks.splits import NAMES, complete, split_named
 
+# Only an empty cell is missing: pandas would also take words such as "NA", "None" and "null" for nothing.
+CSV: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 Row = dict[str, Any]
@@ -129,9 +131,9 @@ def read_file(file: Path, name: str, layout: str) -> list[Row]:
     kind = READERS.get(file.suffix.lower())
     if kind is None:
         raise TaskDataError(f"file '{file}' of task '{name}' is of no known kind; expected {layout}.")
-    further: dict[str, Any] = {"text": {"sample_by": "paragraph"}}.get(kind, {})
+    further: dict[str, Any] = {"text": {"sample_by": "paragraph"}, "csv": CSV}.get(kind, {})
     if file.suffix.lower() == ".tsv":
-        further = {"sep": "\t"}
+        further = {**CSV, "sep": "\t"}
     import datasets
 
     with quiet_datasets():

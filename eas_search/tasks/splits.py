@@ -19,6 +19,7 @@ NAMES: dict[str, Split] = {
     "valid": "validation",
     "validation": "validation",
     "dev": "validation",
+    "eval": "validation",
     "test": "test",
     "testing": "test",
 }

@@ -174,7 +174,7 @@ def _picture_of(record: dict[str, Any], where: str) -> str | None:
 def read_records(file: Path) -> list[Any]:
     """The records of a JSON list or of JSON lines. Raises TaskDataError, naming file and line."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         if file.suffix.lower() == ".jsonl":
             # Only "\n" ends a line: `splitlines` would also cut at separators that JSON texts may hold, such as U+2028.
             return [json.loads(line) for line in text.split("\n") if line.strip()]
