@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from eas_search.bandit import EasBandit
-from eas_search.redundancy import ONE_SHOT_METHODS
+from eas_search.redundancy import ONE_SHOT_METHODS, Passes
 from eas_search.redundancy.bandit import bandit_step
 from eas_search.reuse import reusing
 from eas_search.setting_groups import SupernetSettings
@@ -107,4 +107,5 @@ def one_shot_scores(bench: Workbench, supernet: Supernet) -> dict[str, list[floa
     split = bench.splits["validation"].subset(settings.bandit_batch)
     batches = list(split.batches(min(settings.training.batch_size, settings.bandit_batch)))
     with reusing(supernet.model):
-        return {name: metric(supernet, batches) for name, metric in ONE_SHOT_METHODS.items()}
+        passes = Passes(supernet, batches)
+        return {name: metric(passes) for name, metric in ONE_SHOT_METHODS.items()}

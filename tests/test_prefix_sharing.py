@@ -15,6 +15,9 @@ from torch import Tensor
 from eas_search.architectures import attention_sites
 from eas_search.merging import merge
 from eas_search.prefix_sharing import PrefixCache
+from eas_search.redundancy import Passes
+from eas_search.redundancy.kl import kl_scores
+from eas_search.redundancy.leave_one_out import leave_one_out_scores
 from eas_search.reuse import attach_caches, reusing
 from eas_search.skip_config import SkipConfig
 from eas_search.skipping import apply_skips
@@ -104,6 +107,21 @@ def test_a_supernet_is_known_by_what_it_skips_now(
         supernet.set_skips(skip, placement)
         assert same(scored(supernet.model, batches), scored(supernet.model, batches, cache=False))
     assert cache.reused > 0
+
+
+def test_a_left_out_attention_starts_from_what_is_known(
+    llama: Any, tokens: Tensor, batches: list[Inputs], randomise: Callable[..., Any]
+) -> None:
+    """The passes without site 1, 2 and 3 go on behind 0, 1 and 2 layers that an earlier one has computed."""
+    scores = []
+    for limit in (2**24, 0):
+        model, cache = cached(llama, tokens, limit)
+        supernet = Supernet(model, attention_sites(model), SkipConfig(pia_dim=2, adapter_dim=2))
+        randomise(supernet.model)
+        passes = Passes(supernet, batches[:1])
+        scores.append((leave_one_out_scores(passes), kl_scores(passes)))
+        assert (cache.reused, cache.computed) == ((0 + 1 + 2, 4 + 3 + 2) if limit else (0, 0))
+    assert scores[0] == scores[1]
 
 
 def test_the_prompt_is_part_of_what_a_pass_is_known_by(

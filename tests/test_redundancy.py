@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from eas_search.architectures import attention_sites
 from eas_search.exceptions import ConfigError
-from eas_search.redundancy import BanditConfig, EasBandit, redundancy_scores
+from eas_search.redundancy import ONE_SHOT_METHODS, BanditConfig, EasBandit, Passes, redundancy_scores
 from eas_search.redundancy.bandit import bandit_scores
 from eas_search.skip_config import SkipConfig
 from eas_search.supernet import Supernet
@@ -195,4 +195,23 @@ def test_wrong_requests_are_one_line(llama: Any, batches: list[Batch], changes: 
 def test_the_bandit_needs_three_sites(llama: Any, batches: list[Batch]) -> None:
     supernet = Supernet(llama, attention_sites(llama)[:2], SkipConfig(pia_dim=0, pooling="none"))
     with pytest.raises(ConfigError, match="use 'leave_one_out'"):
-        bandit_scores(supernet, batches)
+        bandit_scores(Passes(supernet, batches))
+
+
+def test_leave_one_out_and_kl_look_at_the_same_passes(
+    llama: Any, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supernet = Supernet(llama, attention_sites(llama), SkipConfig(pia_dim=0, pooling="none"))
+    alone = {name: ONE_SHOT_METHODS[name](Passes(supernet, batches)) for name in ("leave_one_out", "kl")}
+    made: list[int] = []
+    handle = supernet.model.register_forward_hook(lambda *_: made.append(1))
+    passes = Passes(supernet, batches)
+    together = {name: ONE_SHOT_METHODS[name](passes) for name in ("leave_one_out", "kl")}
+    handle.remove()
+    assert together == alone
+    assert len(made) == len(batches) * (1 + len(supernet.sites))
+
+
+def test_without_logits_nothing_is_left_out(llama: Any, batches: list[Batch]) -> None:
+    with pytest.raises(ConfigError, match="has no loss or no logits"):
+        redundancy_scores(llama, [{k: v for k, v in batch.items() if k != "labels"} for batch in batches], "kl")

@@ -108,9 +108,7 @@ def _phase(phases: Mapping[str, PhaseLatency]) -> tuple[dict[str, Ratio], float]
     return {name: phase.ratio for name, phase in phases.items()}, phases["rest"].baseline.median
 
 
-def _gain(
-    ratios: Mapping[str, Ratio], seconds: float, blocks: tuple[int, int], one_token: float | None = None
-) -> Gain:
+def _gain(ratios: Mapping[str, Ratio], seconds: float, blocks: tuple[int, int], one_token: float | None = None) -> Gain:
     """a of the whole model from times relative to the intact one with m of its L blocks.
 
     With T of the intact model and R of its rest a block costs (T - R) / m, so a model of L blocks takes

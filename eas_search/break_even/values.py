@@ -116,12 +116,13 @@ class GridPoint:
 
     def to_dict(self, layers: int) -> dict[str, Any]:
         """For JSON; speed-ups when a quarter, half and all of `layers` attentions are skipped, and of the last ones."""
+        few = skipped(layers)[:2]
         phases = {
             phase: {
                 **asdict(gain),
                 "measured": gain.measured,
                 "speedup": {str(k): gain.speedup(k / layers) for k in skipped(layers)},
-                "speedup_of_last": {str(k): gain.speedup_of_last(k, layers) for k in skipped(layers)[:2] if gain.spared},
+                "speedup_of_last": {str(k): gain.speedup_of_last(k, layers) for k in few if gain.spared},
             }
             for phase, gain in self.gains.items()
         }

@@ -1,6 +1,6 @@
 """Redundancy of attention sites: how dispensable each one is for a task. Higher is more redundant.
 
-One metric per file; each takes a switchable model and batches, and returns one score per site.
+One metric per file; each takes a switchable model at work on batches, and returns one score per site.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
 from eas_search.architectures import AttentionSite, attention_sites
 from eas_search.bandit import VARIANTS, BanditConfig, EasBandit
@@ -19,13 +19,13 @@ from eas_search.redundancy.chance import random_scores
 from eas_search.redundancy.kl import kl_scores
 from eas_search.redundancy.last_k import last_k_scores
 from eas_search.redundancy.leave_one_out import leave_one_out_scores
+from eas_search.redundancy.passes import Batches, Passes
 from eas_search.redundancy.similarity import similarity_scores
 from eas_search.redundancy.taylor import taylor_scores
 from eas_search.skip_config import SkipConfig
 from eas_search.supernet import Supernet
 
-Batches = Sequence[dict[str, Tensor]]
-Metric = Callable[[Supernet, Batches], list[float]]
+Metric = Callable[[Passes], list[float]]
 ONE_SHOT_METHODS: dict[str, Metric] = {
     "leave_one_out": leave_one_out_scores,
     "kl": kl_scores,
@@ -41,7 +41,7 @@ METHODS: dict[str, Metric] = {
     **ONE_SHOT_METHODS,
 }
 
-__all__ = ["METHODS", "ONE_SHOT_METHODS", "BanditConfig", "EasBandit", "Supernet", "redundancy_scores"]
+__all__ = ["METHODS", "ONE_SHOT_METHODS", "BanditConfig", "EasBandit", "Passes", "Supernet", "redundancy_scores"]
 
 
 def redundancy_scores(
@@ -75,5 +75,5 @@ def redundancy_scores(
         every = attention_sites(model)
         sites = [site for site in every if site.tower == "text"] or every
     supernet = Supernet(model, sites, SkipConfig(pia_dim=0, pooling="none"))
-    scores = METHODS[method](supernet, batches)
+    scores = METHODS[method](Passes(supernet, batches))
     return {site.name: score for site, score in zip(sites, scores, strict=True)}

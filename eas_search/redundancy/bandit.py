@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from eas_search.bandit import BanditConfig, EasBandit
 from eas_search.exceptions import ConfigError
+from eas_search.redundancy.passes import Passes
 from eas_search.supernet import Supernet
 from eas_search.training import mean_loss
 
@@ -25,18 +24,13 @@ def bandit_step(
     bandit.update(sets, losses)
 
 
-def bandit_scores(
-    supernet: Supernet,
-    batches: Sequence[dict[str, Tensor]],
-    config: BanditConfig | None = None,
-    updates: int = 60,
-    seed: int = 0,
-) -> list[float]:
+def bandit_scores(passes: Passes, config: BanditConfig | None = None, updates: int = 60, seed: int = 0) -> list[float]:
     """Scores of the supernet's sites after `updates` updates on the batches in turn, half of the sites skipped.
 
     Without a training beside it there is no warm-up; a variant that ramps up its sizes does so in that share of the
     updates.
     """
+    supernet, batches = passes.supernet, passes.batches
     bandit, generator = EasBandit(len(supernet.sites), config), torch.Generator().manual_seed(seed)
     half = max(1, len(supernet.sites) // 2)
     if not bandit.can_draw(half) or not bandit.can_draw(1):

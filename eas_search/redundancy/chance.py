@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
-from eas_search.supernet import Supernet
+from eas_search.redundancy.passes import Passes
 
 
-def random_scores(supernet: Supernet, batches: Sequence[dict[str, Tensor]], seed: int = 0) -> list[float]:
+def random_scores(passes: Passes, seed: int = 0) -> list[float]:
     """A random permutation of 0, 1/n, …, (n−1)/n from `seed`."""
-    n = len(supernet.sites)
+    n = len(passes.supernet.sites)
     return (torch.randperm(n, generator=torch.Generator().manual_seed(seed)) / n).tolist()

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
-from eas_search.supernet import Supernet
+from eas_search.redundancy.passes import Passes
 
 
-def last_k_scores(supernet: Supernet, batches: Sequence[dict[str, Tensor]]) -> list[float]:
+def last_k_scores(passes: Passes) -> list[float]:
     """Position of a site's block in its list of blocks as a fraction in [0, 1), so that all towers count alike.
 
     Sites of one block keep their order, by shares of one position.
     """
-    scores = []
+    supernet, scores = passes.supernet, []
     for site in supernet.sites:
         path, _, position = site.block.rpartition(".")
         stack: Any = supernet.model.get_submodule(path)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eas_search.redundancy.passes import Passes
 from eas_search.redundancy.watch import Seen, watching
-from eas_search.supernet import Supernet
 from eas_search.training import mean_loss
 
 
-def similarity_scores(supernet: Supernet, batches: Sequence[dict[str, Tensor]]) -> list[float]:
+def similarity_scores(passes: Passes) -> list[float]:
     """Mean over tokens of cos(x, x + attention(norm1(x))), in [−1, 1]; an attention that changes little scores high.
 
     Padding does not count.
     """
-    return mean_over_tokens(supernet, batches, lambda seen: cosine(seen.x, seen.x + seen.added))
+    return mean_over_tokens(passes, lambda seen: cosine(seen.x, seen.x + seen.added))
 
 
 def cosine(before: Tensor, after: Tensor) -> Tensor:
@@ -26,13 +26,12 @@ def cosine(before: Tensor, after: Tensor) -> Tensor:
     return F.cosine_similarity(before.float(), after.float(), dim=-1)
 
 
-def mean_over_tokens(
-    supernet: Supernet, batches: Sequence[dict[str, Tensor]], value: Callable[[Seen], Tensor]
-) -> list[float]:
+def mean_over_tokens(passes: Passes, value: Callable[[Seen], Tensor]) -> list[float]:
     """Mean of a per-token value [B, n] of every site over all real tokens of the batches."""
+    supernet = passes.supernet
     sums, counts = [0.0] * len(supernet.sites), [0] * len(supernet.sites)
     with watching(supernet) as watchers, torch.no_grad():
-        for batch in batches:
+        for batch in passes.batches:
             mean_loss(supernet.model, batch)
             for position, watcher in enumerate(watchers):
                 total, count = watcher.seen.mean(value(watcher.seen))

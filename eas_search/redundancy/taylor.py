@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
 from eas_search.models.calling import without_cache
+from eas_search.redundancy.passes import Passes
 from eas_search.redundancy.watch import watching
-from eas_search.supernet import Supernet
 from eas_search.training import on_device
 
 
-def taylor_scores(supernet: Supernet, batches: Sequence[dict[str, Tensor]]) -> list[float]:
+def taylor_scores(passes: Passes) -> list[float]:
     """Minus the mean over batch rows of |Σ a · ∂L/∂a|, at most 0, in units of the loss.
 
     a [B, n, d] is what the attention adds to the stream; the sum runs over tokens and features, so that it is the
     first-order change of the loss when a row loses that attention, and its absolute value is taken per row.
     """
+    supernet = passes.supernet
     sums, rows = [0.0] * len(supernet.sites), 0
     with watching(supernet, probing=True) as watchers:
-        for batch in batches:
+        for batch in passes.batches:
             moved = on_device(batch, supernet.model)
             with torch.enable_grad():
                 loss = supernet.model(**moved, **without_cache(supernet.model)).loss

@@ -25,7 +25,8 @@ from safetensors.torch import save_file as save_tensors
 
 from eas_search.joint_training import one_shot_scores
 from eas_search.plugins import load_plugins
-from eas_search.redundancy import bandit_scores
+from eas_search.redundancy import Passes
+from eas_search.redundancy.bandit import bandit_scores
 from eas_search.settings import SearchSettings
 from eas_search.supernet import Supernet
 from eas_search.training import sample_scores, seeded
@@ -101,10 +102,11 @@ def rankings(bench: Workbench, supernet: Supernet) -> dict[str, dict[str, Any]]:
     sites, seen = len(bench.sites), bench.settings.supernet.bandit_batch
     split = bench.splits["validation"].subset(seen)
     scores = one_shot_scores(bench, supernet)
-    passes = {"leave_one_out": sites + 1, "kl": sites + 1, "taylor": 3, "last_k": 0, "random": 0}
-    found = {name: {"scores": values, "samples": seen * passes.get(name, 1)} for name, values in scores.items()}
+    made = {"leave_one_out": sites + 1, "kl": sites + 1, "taylor": 3, "last_k": 0, "random": 0}
+    found = {name: {"scores": values, "samples": seen * made.get(name, 1)} for name, values in scores.items()}
     batches = list(split.batches(BANDIT_BATCH))
-    bandit = bandit_scores(supernet, batches, bench.settings.supernet.bandit, BANDIT_UPDATES, bench.settings.seed)
+    passes = Passes(supernet, batches)
+    bandit = bandit_scores(passes, bench.settings.supernet.bandit, BANDIT_UPDATES, bench.settings.seed)
     drawn = BANDIT_UPDATES * bench.settings.supernet.bandit.candidates
     return {**found, "bandit": {"scores": bandit, "samples": drawn * BANDIT_BATCH}}
 

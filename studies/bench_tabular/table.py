@@ -19,6 +19,8 @@ from eas_search.search_space import SearchSpace
 from eas_search.setting_groups import SpaceSettings
 from eas_search.skip_config import SkipConfig
 
+SAME_PASSES = {"kl": "leave_one_out"}  # metrics that look at the forward passes of another one
+
 
 @dataclass(frozen=True)
 class Table:
@@ -91,7 +93,8 @@ class Table:
 
     def price(self, metrics: tuple[str, ...], samples: int) -> int:
         """What these metrics cost, in trials of that many validation samples, rounded up."""
-        return -(-sum(self.record["rankings"][name]["samples"] for name in metrics) // samples)
+        made = {SAME_PASSES.get(name, name) for name in metrics}
+        return -(-sum(self.record["rankings"][name]["samples"] for name in made) // samples)
 
 
 def number_of(skip: Iterable[int | str]) -> int:
