@@ -26,6 +26,14 @@ def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
+def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name. Nearly all calls name them all, and a signature takes long to bind."""
+    if not args:
+        return dict(kwargs)
+    call = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    return {**call.pop("kwargs", {}), **call}
+
+
 @dataclass
 class NotePrompt:
     """Forward pre-hook of the whole model: takes the prompt mask from `prompt_mask` or `labels`.
@@ -87,11 +95,8 @@ class EnterStack:
 
     @torch.compiler.disable  # it would not see that every thread has a pass of its own
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Bind the call's arguments by name, so that positional calls work too."""
-        signature = inspect.signature(module.forward)
-        call = signature.bind(*args, **kwargs).arguments
-        named = {**call.pop("kwargs", {}), **call}
-        now = self.context.now
+        """Take the call's arguments by name, so that positional calls work too."""
+        named, now = _by_name(module, args, kwargs), self.context.now
         tokens = next((named[name] for name in TOKENS if named.get(name) is not None), None)
         given, wish = now.given_mask, now.wish
         now.begin(entered=True)
@@ -106,7 +111,7 @@ class EnterStack:
             self.cross.now.mask = None if mask is None else seen_tokens(mask)
         if module.training:
             remember_passes(module, (self.context,) if self.cross is None else (self.context, self.cross))
-        if "past_key_values" in signature.parameters and hasattr(module, "config"):
+        if "past_key_values" in _parameters(type(module).forward) and hasattr(module, "config"):
             named["past_key_values"] = self._cache(module, named)
         return (), named
 

@@ -18,7 +18,7 @@ from eas_search.latency.predictor import (
     fit_predictor,
     independent_terms,
 )
-from eas_search.latency.terms import Row, SiteClasses, terms_of
+from eas_search.latency.terms import ORIGINAL, Row, SiteClasses, terms_of
 from eas_search.merging import merge
 from eas_search.search_space import SearchSpace
 from eas_search.skip_config import SkipConfig
@@ -84,13 +84,13 @@ def predictor_stage(bench: Workbench, folder: StageFolder) -> LatencyPredictor:
         classes = bench.site_classes
         configs, latency = measured_configs(bench.space, classes), bench.settings.fit_latency
         rows, passes, errors = list[Row](), list[list[float]](), list[float]()
-        for phases, from_one in islice(_passes(bench, configs), bench.settings.fit_passes):
-            rows += [terms_of(config, classes) for config in (*configs, *configs[:from_one])]
-            passes.append([*(phase.ratio.estimate for phase in phases), *[1.0] * from_one])
+        for phases in islice(_passes(bench, configs), bench.settings.fit_passes):
+            rows += [{ORIGINAL: 1.0}, *(terms_of(config, classes) for config in configs)]
+            passes.append([phase.ratio.estimate for phase in phases])
             errors += [phase.error for phase in phases]
             ratios = alike(passes)
             noise = float(np.sqrt(np.mean(np.square(errors))))
-            fitted = fit_predictor(rows, ratios, latency.confidence, latency.process_sd, noise, from_one=from_one)
+            fitted = fit_predictor(rows, ratios, latency.confidence, latency.process_sd, noise)
             if fitted.standard_error <= PRECISE:
                 break
         content = {
@@ -115,29 +115,21 @@ def alike(passes: Sequence[Sequence[float]]) -> list[float]:
     return [float(ratio) for ratio in np.exp(logs - logs.mean(axis=1, keepdims=True) + logs.mean()).ravel()]
 
 
-def _passes(bench: Workbench, configs: Sequence[SkipConfig]) -> Iterator[tuple[list[PhaseLatency], bool]]:
-    """Prefill time beside the original model's, of every configuration merged, pass after pass.
+def _passes(bench: Workbench, configs: Sequence[SkipConfig]) -> Iterator[list[PhaseLatency]]:
+    """Prefill time beside the original model's, of the original itself and every configuration merged, pass after pass.
 
-    Untrained, which changes no shape. Beside it: whether the first configuration, nothing skipped, is the original.
+    Untrained, which changes no shape.
     """
     size = sum(tensor.numel() * tensor.element_size() for tensor in bench.model.parameters())
-    if size * (1 + len(configs)) < TOGETHER_BYTES:
-        models = [merge(bench.student(config)).eval() for config in configs]
+    if size * (2 + len(configs)) < TOGETHER_BYTES:
+        models = [bench.model, *(merge(bench.student(config)).eval() for config in configs)]
         while True:
-            yield _prefills(bench, models), _is_the_original(bench, models[0])
+            yield _prefills(bench, models)
     while True:
-        phases, same = list[PhaseLatency](), False
+        phases = _prefills(bench, [bench.model])
         for config in configs:
-            model = merge(bench.student(config)).eval()
-            same = same if phases else _is_the_original(bench, model)
-            phases += _prefills(bench, [model])
-        yield phases, same
-
-
-def _is_the_original(bench: Workbench, merged: nn.Module) -> bool:
-    """Whether nothing is left of adapters but biases, which cost no time of their own."""
-    names = [[name for name, _ in model.named_modules()] for model in (merged, bench.model)]
-    return names[0] == names[1]
+            phases += _prefills(bench, [merge(bench.student(config)).eval()])
+        yield phases
 
 
 def _prefills(bench: Workbench, models: Sequence[nn.Module]) -> list[PhaseLatency]:

@@ -29,7 +29,7 @@ from eas_search.study_file import read_study_file
 from eas_search.training import FineTuneConfig
 
 # How trials are trained and judged, as a number: another one where those of an older study could not be compared.
-PROTOCOL = 4
+PROTOCOL = 5
 # Settings that a run may change when it resumes a study.
 MAY_CHANGE = ("budget", "jobs", "time_limit", "prefer", "caches")
 FINE_TUNES = ("baseline", "trial", "final")

@@ -26,7 +26,7 @@ from eas_search import prediction
 from eas_search.architectures import attention_sites
 from eas_search.exceptions import EasSearchError
 from eas_search.latency.predictor import SMALL, LatencyPredictor, fit_predictor
-from eas_search.latency.terms import SiteClasses, site_classes, terms_of
+from eas_search.latency.terms import ORIGINAL, SiteClasses, site_classes, terms_of
 from eas_search.prediction import measured_configs
 from eas_search.search_space import SearchSpace
 from eas_search.setting_groups import SpaceSettings
@@ -39,6 +39,7 @@ from eas_search.stage_folder import StageFolder
 MODEL, ATTENTION, FFN = 20.0, {"text": 0.7, "vision": 0.3}, 0.4
 PIA = {"parallel": (0.02, 0.004), "ffn": (0.01, 0.003)}
 TEXT = range(12)
+ORIGINALS = {ORIGINAL: 1.0}
 
 
 def made_up(config: SkipConfig, texts: int = 12) -> float:
@@ -180,11 +181,12 @@ def test_what_all_ratios_of_a_run_share_is_not_believed() -> None:
     truth = np.array([made_up(config) / whole for config in asked])
     free, known, claimed = [], [], []
     for _ in range(100):
-        times = np.array([made_up(config) / whole for config in configs]) * np.exp(rng.normal(0, noise, len(configs)))
+        times = np.array([1.0, *(made_up(config) / whole for config in configs)])
+        times = times * np.exp(rng.normal(0, noise, len(times)))
         ratios = (times / np.exp(rng.normal(0, noise))).tolist()
-        credulous = fit_predictor(rows, ratios, noise=noise * 2**0.5)
-        anchored = fit_predictor([*rows, rows[0]], [*ratios, 1.0], noise=noise * 2**0.5, from_one=True)
-        assert anchored.predict(rows[0])[0] == pytest.approx(1)
+        credulous = fit_predictor(rows, ratios[1:], noise=noise * 2**0.5)
+        anchored = fit_predictor([ORIGINALS, *rows], ratios, noise=noise * 2**0.5)
+        assert anchored.predict(ORIGINALS)[0] == pytest.approx(1)
         claimed.append(anchored.standard_error)
         for found, predictor in ((free, credulous), (known, anchored)):
             found.append([predictor.predict(terms_of(config, classes))[0] for config in asked] / truth - 1)
@@ -196,12 +198,12 @@ def test_what_all_ratios_of_a_run_share_is_not_believed() -> None:
 
 def test_the_interval_of_an_anchored_fit_covers_a_new_ratio() -> None:
     """Of two new timings, the candidate's and the original's."""
-    rows = [{"base": 1.0, "a, ffn": float(count)} for count in (0, 0, 2, 5, 5, 9, 12)]
-    truth = np.array([1 - 0.03 * row["a, ffn"] for row in rows])
+    rows = [ORIGINALS, *({"base": 1.0, "a, ffn": float(count)} for count in (0, 2, 5, 5, 9, 12))]
+    truth = np.array([1 - 0.03 * row.get("a, ffn", 0.0) for row in rows])
     rng, inside = np.random.default_rng(1), []
     for _ in range(400):
-        ratios = truth[1:] * np.exp(rng.normal(0, 0.02, len(rows) - 1) - rng.normal(0, 0.02))
-        predictor = fit_predictor(rows, [1.0, *ratios.tolist()], from_one=True)
+        ratios = truth * np.exp(rng.normal(0, 0.02, len(rows)) - rng.normal(0, 0.02))
+        predictor = fit_predictor(rows, ratios.tolist())
         _, low, high = predictor.predict({"base": 1.0, "a, ffn": 7.0})
         inside.append(low <= 0.79 * float(np.exp(rng.normal(0, 0.02 * 2**0.5))) <= high)
     assert stats.binomtest(sum(inside), len(inside)).proportion_ci(0.999).low < 0.95
@@ -284,26 +286,26 @@ def test_classes_are_towers_shapes_and_windows() -> None:
 
 
 @pytest.mark.parametrize(("noise", "passes"), [(0.001, 1), (0.3, 3)])
-@pytest.mark.parametrize("from_one", [False, True])
 def test_a_noisy_machine_is_measured_again(
-    noise: float, passes: int, from_one: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    noise: float, passes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     space, classes = make_space(12)
     settings = SearchSettings(fit_passes=3)
     bench: Any = SimpleNamespace(site_classes=classes, space=space, settings=settings, predictor=None)
     rng, calls = np.random.default_rng(0), list[int]()
 
-    def passes_of(_: Any, configs: list[SkipConfig]) -> Iterator[tuple[list[Any], bool]]:
+    def passes_of(_: Any, configs: list[SkipConfig]) -> Iterator[list[Any]]:
         while True:
             calls.append(len(configs))
-            ratios = [made_up(config) * float(np.exp(rng.normal(0, noise))) for config in configs]
-            yield [SimpleNamespace(ratio=SimpleNamespace(estimate=ratio), error=noise) for ratio in ratios], from_one
+            times = [1.0, *(made_up(config) for config in configs)]
+            ratios = [time * float(np.exp(rng.normal(0, noise))) for time in times]
+            yield [SimpleNamespace(ratio=SimpleNamespace(estimate=ratio), error=noise) for ratio in ratios]
 
     monkeypatch.setattr(prediction, "_passes", passes_of)
     fitted = prediction.predictor_stage(bench, StageFolder(tmp_path))
     assert calls == [9] * passes
-    assert len(fitted.errors) == (9 + from_one) * passes  # each pass has timed the original, too
-    assert (fitted.predict(terms_of(space.config(()), classes))[0] == pytest.approx(1)) == from_one
+    assert len(fitted.errors) == (1 + 9) * passes  # each pass has timed the original as a candidate
+    assert fitted.predict(ORIGINALS)[0] == pytest.approx(1)
     assert prediction.predictor_stage(bench, StageFolder(tmp_path)) == bench.predictor == fitted  # kept, not measured
     assert calls == [9] * passes
 
@@ -315,10 +317,11 @@ def test_a_pass_whose_original_was_disturbed_does_no_harm(monkeypatch: pytest.Mo
     bench: Any = SimpleNamespace(site_classes=classes, space=space, settings=settings, predictor=None)
     whole = made_up(space.config([]))
 
-    def passes_of(_: Any, configs: list[SkipConfig]) -> Iterator[tuple[list[Any], bool]]:
+    def passes_of(_: Any, configs: list[SkipConfig]) -> Iterator[list[Any]]:
         for disturbed in (0.75, 1.0, 1.01):
-            ratios = [made_up(c) / whole * disturbed * float(np.exp(rng.normal(0, 0.01))) for c in configs]
-            yield [SimpleNamespace(ratio=SimpleNamespace(estimate=ratio), error=0.01) for ratio in ratios], True
+            times = [1.0, *(made_up(c) / whole for c in configs)]
+            ratios = [time * disturbed * float(np.exp(rng.normal(0, 0.01))) for time in times]
+            yield [SimpleNamespace(ratio=SimpleNamespace(estimate=ratio), error=0.01) for ratio in ratios]
 
     monkeypatch.setattr(prediction, "_passes", passes_of)
     monkeypatch.setattr(prediction, "PRECISE", 0.0)  # or one pass would do

@@ -15,8 +15,8 @@ difference with standard deviation `SMALL` where it is largest. With as few meas
 would fit their noise instead; the quieter the measurements, the less the prior counts.
 
 All ratios of a run share the error of its one timing of the original model: they can all be 5 % too large, and no
-residual shows it. Where nothing is left of the adapters in a merged model that skips nothing, that model is the
-original. Its ratio, `base`, is known to be 1 then; whatever the fit makes of it is that error, and taken out.
+residual shows it. So the original is timed among the candidates, too. Its ratio is known to be 1; whatever the fit
+makes of it is that error, and taken out. `base` is a student that skips nothing: its hooks cost a small difference.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from scipy import stats
 
 from eas_search.exceptions import EasSearchError
 from eas_search.latency.statistics import process_deviation
-from eas_search.latency.terms import BASE, LAST, RANK, SQUARED, Row
+from eas_search.latency.terms import BASE, LAST, ORIGINAL, RANK, SQUARED, Row
 
 Matrix = NDArray[np.float64]
 SMALL = 0.03  # of the original model's time
@@ -71,8 +71,6 @@ class LatencyPredictor:
         process_sd: see `LatencyConfig`.
         effective: sum over the measured configurations of the variances of their predictions, for a residual variance
             of 1; about the number of coefficients that the measurements decide, rather than the prior.
-        from_one: whether `base` is 1 because nothing skipped is the original model; residuals are those of one timing
-            then, instead of a ratio of two.
     """
 
     coefficients: dict[str, float]
@@ -84,7 +82,6 @@ class LatencyPredictor:
     confidence: float = 0.95
     process_sd: float = 0.0
     effective: float = 0.0
-    from_one: bool = False
 
     @property
     def leave_one_out(self) -> float:
@@ -106,6 +103,8 @@ class LatencyPredictor:
     def predict(self, row: Row) -> tuple[float, float, float]:
         """(ratio, low, high): the interval is for a measurement like those that were fitted, in another process.
 
+        Where the original was among these, residuals are those of one timing, instead of a ratio of two.
+
         Raises:
             EasSearchError: a term that no measured configuration has, or a ratio that is not positive.
         """
@@ -117,8 +116,8 @@ class LatencyPredictor:
             raise EasSearchError(
                 f"latency cannot be predicted: {why}; expected a ratio above 0: use --latency measured"
             )
-        relative = x / ratio - (np.array([term == BASE for term in self.coefficients]) if self.from_one else 0.0)
-        tail, timings = (1 + self.confidence) / 2, 1 + self.from_one  # in the measurement that the interval is for
+        relative = x / ratio - np.array([term == ORIGINAL for term in self.coefficients])
+        tail, timings = (1 + self.confidence) / 2, 1 + (ORIGINAL in self.known)  # in what the interval is for
         fit = self.residual_sd * np.sqrt(timings + relative @ np.array(self.spread) @ relative)
         process = float(stats.norm.ppf(tail)) * self.process_sd * 2**0.5
         half = float(np.hypot(stats.t.ppf(tail, self.freedom) * fit, process))
@@ -141,8 +140,6 @@ def fit_predictor(
     confidence: float = 0.95,
     process_sd: float | None = 0.0,
     noise: float = 0.0,
-    *,
-    from_one: bool = False,
 ) -> LatencyPredictor:
     """Least squares of the relative errors, because timings scatter in proportion to what they measure.
 
@@ -151,14 +148,12 @@ def fit_predictor(
     measurements may be small by chance.
 
     Args:
-        rows: measured configurations, from `terms_of`.
+        rows: measured configurations, from `terms_of`, and `ORIGINAL` alone for the original model as a candidate.
         ratios: their measured times over the baseline's.
         confidence: of the predictor's intervals.
         process_sd: standard deviation of the log ratio between processes, as in `LatencyConfig`; None judges it from
             the residuals.
         noise: standard deviation of the relative error of a measured ratio, by the scatter of its own timings.
-        from_one: whether nothing skipped is the original model, so that its ratio is 1. Each run's timing of the
-            original is one more row then, with the ratio 1.
 
     Raises:
         ValueError: no more rows than independent terms, so that nothing would say how good the fit is.
@@ -179,16 +174,16 @@ def fit_predictor(
         return np.asarray(np.linalg.lstsq(system, wanted, rcond=None)[0])
 
     residuals = relative @ solve(every) - 1
-    # Half of a ratio's variance is the original's, which all ratios share: `base` takes it up, not the residuals.
-    own_noise = noise / 2**0.5 if from_one else noise
+    # Half of a ratio's variance is the original's, which all ratios share: `ORIGINAL` takes it up, not the residuals.
+    own_noise = noise / 2**0.5 if ORIGINAL in terms else noise
     residual_sd = max(own_noise, float(np.sqrt(residuals @ residuals / freedom)))
     found = solve(every)
     errors = tuple(float(relative[i] @ solve(np.delete(every, i)) - 1) for i in every)
     inverse = np.linalg.inv(relative.T @ relative + (residual_sd / SMALL) ** 2 * prior.T @ prior)
-    if from_one:
-        base = terms.index(BASE)
-        inverse, relative, found = inverse / found[base] ** 2, relative * found[base], found / found[base]
-        relative[:, base] -= 1.0
+    if ORIGINAL in terms:
+        one = terms.index(ORIGINAL)
+        inverse, relative, found = inverse / found[one] ** 2, relative * found[one], found / found[one]
+        relative[:, one] -= 1.0
     spread = inverse / np.outer(scale, scale)
     return LatencyPredictor(
         coefficients=dict(zip(terms, (found / scale).tolist(), strict=True)),
@@ -200,13 +195,16 @@ def fit_predictor(
         confidence=confidence,
         process_sd=process_deviation(residual_sd) if process_sd is None else process_sd,
         effective=float(np.trace(relative @ inverse @ relative.T)),
-        from_one=from_one,
     )
 
 
 def _small_differences(terms: Sequence[str], scale: Matrix) -> Matrix:
-    """[differences, terms] for scaled coefficients: ranks, squares, and forms against the first one of their class."""
+    """[differences, terms] for scaled coefficients: ranks, squares, forms against the first one of their class, and a
+    student that skips nothing against the original.
+    """
     rows = [np.eye(len(terms))[i] for i, term in enumerate(terms) if term.endswith((RANK, SQUARED))]
+    if ORIGINAL in terms:
+        rows.append(np.eye(len(terms))[terms.index(BASE)] - np.eye(len(terms))[terms.index(ORIGINAL)])
     first: dict[str, int] = {}
     for i, term in enumerate(terms):
         if term.count(",") != 1 or term.endswith((SQUARED, LAST)):

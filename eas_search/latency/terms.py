@@ -20,6 +20,7 @@ from eas_search.skip_config import SkipConfig
 
 Row = dict[str, float]
 BASE, RANK, SQUARED, LAST = "base", ", rank", ", squared", ", last"
+ORIGINAL = "original"  # the model itself, which is no configuration: a student that skips nothing has its hooks
 
 
 @dataclass(frozen=True)
