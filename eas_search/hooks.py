@@ -50,7 +50,7 @@ class NotePrompt:
         """Note the mask; `prompt_mask` [B, n] is removed because no model of `transformers` knows it."""
         given, context, now = kwargs.pop("prompt_mask", None), self.context, self.context.now
         names = _parameters(type(module).forward)
-        named = {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
+        named = _by_name(module, args, kwargs)
         labels = named.get("labels")
         ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
         shape = ids.shape if ids is not None else None if embeds is None else embeds.shape[:2]

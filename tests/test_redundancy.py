@@ -198,9 +198,7 @@ def test_the_bandit_needs_three_sites(llama: Any, batches: list[Batch]) -> None:
         bandit_scores(Passes(supernet, batches))
 
 
-def test_leave_one_out_and_kl_look_at_the_same_passes(
-    llama: Any, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_leave_one_out_and_kl_look_at_the_same_passes(llama: Any, batches: list[Batch]) -> None:
     supernet = Supernet(llama, attention_sites(llama), SkipConfig(pia_dim=0, pooling="none"))
     alone = {name: ONE_SHOT_METHODS[name](Passes(supernet, batches)) for name in ("leave_one_out", "kl")}
     made: list[int] = []

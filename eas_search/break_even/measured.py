@@ -79,7 +79,7 @@ def model_inputs(model: Any, tower: str, batch: int, context: int) -> dict[str, 
 
 
 def measure_point(
-    models: Models, inputs: Mapping[str, Tensor], blocks: tuple[int, int], config: LatencyConfig
+    models: Models, inputs: Mapping[str, Tensor], blocks: tuple[int, int], config: LatencyConfig, spares: bool
 ) -> tuple[Gain, Gain | None]:
     """(prefill, decode or None) of one grid point, all models interleaved.
 
@@ -88,6 +88,7 @@ def measure_point(
         inputs: of all of them.
         blocks: (blocks of the models, blocks of the whole model).
         config: how thoroughly.
+        spares: see `Stack.spares`.
     """
     candidates = {name: model for name, model in models.items() if name != "intact"}
     report = measure_latency(candidates, inputs, baseline=models["intact"], config=config)
@@ -98,7 +99,7 @@ def measure_point(
         return _gain(ratios, seconds, blocks), None
     decode_ratios, decode_seconds = _phase(decode)
     one_token = None
-    if main_stack(models["intact"]).spares:
+    if spares:
         one_token = decode_seconds * (decode_ratios["deleted"].estimate - decode_ratios["deleted_rest"].estimate)
     return _gain(ratios, seconds, blocks, one_token), _gain(decode_ratios, decode_seconds, blocks)
 
@@ -125,18 +126,21 @@ def _gain(ratios: Mapping[str, Ratio], seconds: float, blocks: tuple[int, int], 
     factor = blocks[1] / blocks[0]
     names = ("deleted", "rest", "deleted_rest")
 
+    def whole(time: float, rest: float) -> float:
+        rest = min(rest, time)
+        return rest + factor * (time - rest)
+
     def share(deleted: float, rest: float, deleted_rest: float) -> float:
-        rest, deleted_rest = min(rest, 1.0), min(deleted_rest, deleted)
-        return 1 - (deleted_rest + factor * (deleted - deleted_rest)) / (rest + factor * (1 - rest))
+        return 1 - whole(deleted, deleted_rest) / whole(1.0, rest)
 
     middle = {name: ratios[name].estimate for name in names}
     centre, below, above = share(**middle), 0.0, 0.0
     for name in names:
         ends = [share(**{**middle, name: end}) - centre for end in (ratios[name].low, ratios[name].high)]
         below, above = math.hypot(below, min(0.0, *ends)), math.hypot(above, max(0.0, *ends))
-    rest, alone = min(middle["rest"], 1.0), middle["deleted"] - min(middle["deleted_rest"], middle["deleted"])
-    saved = 0.0 if one_token is None else max(0.0, alone - max(0.0, one_token) / seconds)
-    spared = factor * saved / (rest + factor * (1 - rest))
+    every_token = max(0.0, middle["deleted"] - middle["deleted_rest"])
+    saved = 0.0 if one_token is None else max(0.0, every_token - max(0.0, one_token) / seconds)
+    spared = factor * saved / whole(1.0, middle["rest"])
     return Gain(centre, centre - below, min(centre + above, 1 - 1e-6), seconds, spared)
 
 

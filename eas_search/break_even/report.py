@@ -174,7 +174,7 @@ def _measure(
         share = None if left is None else max(1.0, left / (len(order) - number + 2))
         config = LatencyConfig(decode_tokens=settings.decode_tokens if stack.causal else 0, time_limit_s=share)
         inputs = model_inputs(models["intact"], stack.sites[0].tower, point[1], point[0])
-        gains[point] = measure_point(models, inputs, blocks, config)
+        gains[point] = measure_point(models, inputs, blocks, config, stack.spares)
         prefill, decode = ((gain and gain.seconds) or 0.0 for gain in gains[point])
         seconds_per_token = (prefill + settings.decode_tokens * decode) / (point[0] * point[1])
     return gains

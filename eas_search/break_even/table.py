@@ -31,22 +31,22 @@ def print_break_even(console: Console, report: BreakEven) -> None:
     title = f"The most that skipping k of {report.layers} {report.tower} attentions can gain, S(k) = 1/(1 - a k/L)"
     console.print(Text(title))
     phases = dict.fromkeys(phase for point in report.points for phase in point.gains)
+    mixed = len({gain.measured for point in report.points for gain in point.gains.values()}) > 1
     for phase in phases:
-        console.print(_grid(report, phase))
+        console.print(_grid(report, phase, mixed))
     meaning = "a: the attentions' share of the time (~: give or take 5 points or more)"
     if "decode" in phases:
         meaning += ". KV: of one sample, all skipped"
     if any(point.prefill.spared for point in report.points):
         meaning += ". Last k: of the stack; behind them FFNs compute the last token only, unless PIAs pool"
-    mixed = "* " if _mixed(report) else ""
-    for line in (f"{meaning}.", f"{mixed}{report.method}.", *(f"{note}." for note in report.notes)):
+    for line in (f"{meaning}.", f"{'* ' if mixed else ''}{report.method}.", *(f"{note}." for note in report.notes)):
         console.print(Text(line[0].upper() + line[1:] if line[1:2] != ":" else line))
     for verdict in report.verdicts:
         console.print(Text(verdict))
 
 
-def _grid(report: BreakEven, phase: str) -> Table:
-    """Share and speed-ups of one phase, a row for each context and batch."""
+def _grid(report: BreakEven, phase: str, mixed: bool) -> Table:
+    """Share and speed-ups of one phase, a row for each context and batch; `mixed`: those not measured are marked."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     counts = skipped(report.layers)
     last = counts[:2] if any(point.gains[phase].spared for point in report.points) else ()
@@ -56,7 +56,7 @@ def _grid(report: BreakEven, phase: str) -> Table:
         table.add_column(heading, justify="right", no_wrap=True, min_width=len("~100 %") if heading == "a" else None)
     for point in report.points:
         gain = point.gains[phase]
-        mark = "*" if _mixed(report) and not gain.measured else ""
+        mark = "*" if mixed and not gain.measured else ""
         unsure = "~" if gain.high - gain.low > 0.1 else ""
         speedups = [gain.speedup(k / report.layers) for k in counts]
         speedups += [gain.speedup_of_last(k, report.layers) for k in last]
@@ -64,8 +64,3 @@ def _grid(report: BreakEven, phase: str) -> Table:
         kept = [size(point.kv_bytes)] if phase == "decode" else []
         table.add_row("", f"{mark}{point.context}", str(point.batch), *cells, *kept)
     return table
-
-
-def _mixed(report: BreakEven) -> bool:
-    """Whether some points are measured and some counted."""
-    return len({gain.measured for point in report.points for gain in point.gains.values()}) > 1

@@ -133,7 +133,7 @@ def read_file(file: Path, name: str, layout: str) -> list[Row]:
         raise TaskDataError(f"file '{file}' of task '{name}' is of no known kind; expected {layout}.")
     further: dict[str, Any] = {"text": {"sample_by": "paragraph"}, "csv": CSV}.get(kind, {})
     if file.suffix.lower() == ".tsv":
-        further = {**CSV, "sep": "\t"}
+        further = {**further, "sep": "\t"}
     import datasets
 
     with quiet_datasets():
